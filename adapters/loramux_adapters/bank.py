@@ -1,0 +1,271 @@
+"""The tiers of adapter weights: disk -> contiguous host block -> rows of the device pool.
+
+Promises: loading happens on threads (on CUDA the copy runs on a side stream), so that nobody's decode waits for
+somebody else's adapter; a generation is used only after every byte of it is in place; weights that overflow the
+compute dtype are refused; `set_adapter(rows)` selects, per row of the next forward pass, which resident adapter
+applies. All methods but the loader's own work are called by the one thread that owns the device.
+Who is evicted when is `residency.py`; what a file must look like is `weights.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from loramux_adapters.errors import AdapterError, AdapterUnavailable
+from loramux_adapters.layers import AdapterBatch, Factors, MultiLoraLinear
+from loramux_adapters.residency import DeviceTier, Slot
+from loramux_adapters.weights import LoraWeights
+
+
+@dataclass(frozen=True)
+class LoadEvent:
+    """One move between tiers, for logs and metrics."""
+
+    generation: str
+    tier: Literal["host", "device"]
+    seconds: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """An adapter in host memory, ready to copy: one block, and views of it per linear.
+
+    `factors[name]` is (A `[r, in]`, B * scaling, transposed, `[r, out]`) in the compute dtype.
+    """
+
+    rows: int
+    block: torch.Tensor
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def build(cls, weights: LoraWeights, dtype: torch.dtype, *, pin: bool) -> HostCopy:
+        """Fold the scaling into B in fp32, round once, lay everything out contiguously. Raises AdapterUnavailable."""
+        sizes = {name: (a.numel(), b.numel()) for name, (a, b) in weights.tensors.items()}
+        block = torch.empty(sum(a + b for a, b in sizes.values()), dtype=dtype, pin_memory=pin)
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        offset = 0
+        for name, (a, b) in weights.tensors.items():
+            r = a.shape[0]
+            a_view = block[offset : offset + a.numel()].view(r, -1)
+            b_view = block[offset + a.numel() : offset + a.numel() + b.numel()].view(r, -1)
+            offset += a.numel() + b.numel()
+            a_view.copy_(a)
+            b_view.copy_(b.float().mul_(weights.spec.scaling(name)).t())
+            factors[name] = (a_view, b_view)
+        if not bool(torch.isfinite(block).all()):
+            raise AdapterUnavailable(f"the adapter's weights overflow {dtype}; train or save it with a smaller scale")
+        return cls(rows=max(a.shape[0] for a, _ in factors.values()), block=block, factors=factors)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.block.numel() * self.block.element_size()
+
+
+class AdapterBank:
+    """Resident adapters of one model, and the selection of them per row."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, MultiLoraLinear],
+        batch: AdapterBatch,
+        tier: DeviceTier,
+        read: Callable[[str, str], LoraWeights],
+        *,
+        max_cpu_loras: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`read(generation, path)` brings and checks the files; it runs on a loader thread."""
+        self.tier = tier
+        self.max_cpu_loras = max_cpu_loras
+        self.device = device
+        self.dtype = dtype
+        self.events: list[LoadEvent] = []
+        self._batch = batch
+        self._read = read
+        self._pool_a = {n: torch.zeros(tier.rows, m.in_features, dtype=dtype, device=device) for n, m in layers.items()}
+        self._pool_b = {n: torch.zeros(tier.rows, m.out_features, dtype=dtype, device=device) for n, m in layers.items()}
+        self._host: OrderedDict[str, HostCopy] = OrderedDict()
+        self._targets: dict[str, frozenset[str]] = {}
+        self._moves: dict[str, Future[HostCopy | None]] = {}
+        self._ready: set[str] = set()
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-loader")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._events_lock = threading.Lock()
+        self._active_key: tuple[tuple[str, int], ...] = ()
+        self._active_start = 0
+        self._active_factors: dict[str, Factors] = {}
+
+    # --- residency -----------------------------------------------------------------------------------------------
+
+    def prepare(self, generation: str, path: str) -> bool:
+        """Bring an adapter one step closer to the device; True once it is usable. Never blocks.
+
+        Raises AdapterError if its files do not load; asking again tries again.
+        """
+        if generation in self._ready:
+            return True
+        move = self._moves.get(generation)
+        if move is not None:
+            if not move.done():
+                return False
+            self._finish(generation, self._moves.pop(generation))
+            return generation in self._ready or self.prepare(generation, path)
+        copy = self._host.get(generation)
+        if copy is None:
+            self._moves[generation] = self._executor.submit(self._load, generation, path)
+            return False
+        slot = self.tier.place(generation, copy.rows)
+        self._forget_evicted()
+        if slot is None:
+            self.tier.wait(generation)
+            return False
+        self._host.move_to_end(generation)
+        self._targets[generation] = frozenset(copy.factors)
+        self._moves[generation] = self._executor.submit(self._copy, slot, copy)
+        return False
+
+    def acquire(self, generation: str) -> None:
+        """A request starts on a ready adapter; it stays resident until `release`."""
+        self.tier.acquire(generation)
+
+    def release(self, generation: str) -> None:
+        self.tier.release(generation)
+
+    def accepts(self, generation: str) -> bool:
+        """False while the adapter is being drained so that a waiting one gets its turn."""
+        return self.tier.accepts(generation)
+
+    def resident(self) -> list[str]:
+        return sorted(self._ready)
+
+    def on_host(self) -> list[str]:
+        return list(self._host)
+
+    def take_events(self) -> list[LoadEvent]:
+        with self._events_lock:
+            events, self.events = self.events, []
+        return events
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, generation: str, path: str) -> HostCopy:
+        started = time.perf_counter()
+        ok = False
+        try:
+            weights = self._read(generation, path)
+            copy = HostCopy.build(weights, self.dtype, pin=self.device.type == "cuda")
+            ok = True
+            return copy
+        finally:
+            self._record(generation, "host", started, ok)
+
+    def _copy(self, slot: Slot, copy: HostCopy) -> None:
+        started = time.perf_counter()
+        ok = False
+        try:
+            if self._stream is not None:
+                with torch.cuda.stream(self._stream):
+                    self._fill(slot, copy)
+                self._stream.synchronize()
+            else:
+                self._fill(slot, copy)
+            ok = True
+        finally:
+            self._record(slot.generation, "device", started, ok)
+
+    def _fill(self, slot: Slot, copy: HostCopy) -> None:
+        rows = slice(slot.offset, slot.offset + slot.rows)
+        for name, pool in self._pool_a.items():
+            factors = copy.factors.get(name)
+            if factors is None:
+                pool[rows].zero_()  # zero A makes the product zero, whatever B held before
+                continue
+            a, b = factors
+            pool[rows.start : rows.start + a.shape[0]].copy_(a, non_blocking=True)
+            pool[rows.start + a.shape[0] : rows.stop].zero_()
+            self._pool_b[name][rows.start : rows.start + b.shape[0]].copy_(b, non_blocking=True)
+
+    def _finish(self, generation: str, move: Future[HostCopy | None]) -> None:
+        try:
+            copy = move.result()
+        except (AdapterError, OSError, MemoryError, RuntimeError) as error:
+            if self.tier.get(generation) is not None:
+                self.tier.remove(generation)
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterUnavailable(f"adapter {generation[:12]} could not be loaded: {error}") from error
+        if copy is None:
+            self._ready.add(generation)
+            return
+        self._host[generation] = copy
+        while len(self._host) > self.max_cpu_loras:
+            # One being copied to the device is read by the loader right now; all others are only a cache.
+            victim = next((g for g in self._host if g not in self._moves and g != generation), None)
+            if victim is None:
+                break
+            del self._host[victim]
+
+    def _forget_evicted(self) -> None:
+        for generation in [g for g in self._ready if self.tier.get(g) is None]:
+            self._ready.discard(generation)
+            self._targets.pop(generation, None)
+
+    def _record(self, generation: str, tier: Literal["host", "device"], started: float, ok: bool) -> None:
+        with self._events_lock:
+            self.events.append(LoadEvent(generation, tier, time.perf_counter() - started, ok))
+
+    # --- selection -----------------------------------------------------------------------------------------------
+
+    def set_adapter(self, rows: Sequence[str | None]) -> None:
+        """Choose, for each row of the next forward pass, its adapter's generation (None: the base alone).
+
+        Every named generation must be resident and acquired.
+        """
+        names = set(rows)
+        names.discard(None)
+        if not names:
+            self._batch.factors, self._batch.foreign = {}, None
+            return
+        slots = sorted((self.tier.slots[name] for name in names if name is not None), key=lambda slot: slot.offset)
+        self._activate(slots)
+        self._batch.factors = self._active_factors
+        if len(names) == 1 and None not in rows:
+            self._batch.foreign = None
+            return
+        self._batch.foreign = self._foreign_rows(rows, slots)
+
+    def _activate(self, slots: Sequence[Slot]) -> None:
+        """Cut the span of rank rows that holds these slots out of every pool; kept while the same slots are active."""
+        key = tuple((slot.generation, slot.offset) for slot in slots)
+        if key == self._active_key:
+            return
+        start, stop = slots[0].offset, slots[-1].offset + slots[-1].rows
+        targeted = frozenset[str]().union(*(self._targets[slot.generation] for slot in slots))
+        self._active_key = key
+        self._active_start = start
+        self._active_factors = {
+            name: Factors(self._pool_a[name][start:stop], self._pool_b[name][start:stop]) for name in targeted
+        }
+
+    def _foreign_rows(self, rows: Sequence[str | None], slots: Sequence[Slot]) -> torch.Tensor:
+        """`[rows, R]` bool, True where the rank row is not the row's own adapter's."""
+        span = slots[-1].offset + slots[-1].rows - self._active_start
+        table = torch.ones(len(slots) + 1, span, dtype=torch.bool)
+        index: dict[str | None, int] = {None: 0}
+        for number, slot in enumerate(slots, 1):
+            begin = slot.offset - self._active_start
+            table[number, begin : begin + slot.rows] = False
+            index[slot.generation] = number
+        picks = torch.tensor([index[row] for row in rows])
+        return table[picks].to(self.device, non_blocking=True)

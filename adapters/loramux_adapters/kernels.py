@@ -1,0 +1,86 @@
+"""How a resident matrix is multiplied: one dense weight, prepared once for the device it lives on.
+
+Promises: `DenseKernel(weight)(x, bias)` equals `F.linear(x, weight, bias)` up to the rounding of the compute
+dtype, without autograd. On CPUs with native bf16 arithmetic the weight is reordered once into oneDNN's blocked
+layout, which reads memory at full bandwidth; a plain `F.linear` repacks the weight on every call. The two oneDNN
+operators are private to torch, so they are probed once, on real numbers, and `F.linear` is used when the probe
+fails. Does not know what NF4 or LoRA is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+
+@cache
+def prepacking_available() -> bool:
+    """True if oneDNN's reordered bf16 matmul exists here and agrees with the plain one on a probe."""
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(ops, "_reorder_linear_weight")):
+        return False
+    try:
+        if not ops._is_mkldnn_bf16_supported():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(64, 96, generator=generator).bfloat16()
+        x = torch.randn(3, 96, generator=generator).bfloat16()
+        packed = ops._reorder_linear_weight(weight, None)
+        y = ops._linear_pointwise(x, packed, None, "none", [], "")
+        return bool(torch.allclose(y.float(), F.linear(x, weight).float(), rtol=2e-2, atol=2e-1))
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+class DenseKernel:
+    """One weight `[out_features, in_features]` ready for `x @ weight.T`.
+
+    Holds the plain weight, or, where that is faster, only the reordered copy of it (the same number of bytes).
+    """
+
+    __slots__ = ("_packed", "_weight", "num_bytes")
+
+    def __init__(self, weight: torch.Tensor, *, prepack: bool = True) -> None:
+        self.num_bytes = weight.numel() * weight.element_size()
+        usable = prepack and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if usable and prepacking_available():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self._weight = None
+        else:
+            self._packed = None
+            self._weight = weight
+
+    @property
+    def prepacked(self) -> bool:
+        return self._packed is not None
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[..., in_features]` in the weight's dtype -> `[..., out_features]`."""
+        if self._packed is not None:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+            return y
+        assert self._weight is not None
+        return F.linear(x, self._weight, bias)
+
+
+class ResidentLinear(torch.nn.Linear):
+    """A linear that stays in 16 or 32 bit (the output head, or every linear with quantization off).
+
+    Shares the weight parameter of the layer it replaces, tied or not. Without autograd it multiplies with a
+    `DenseKernel` derived from that weight; with autograd it is an ordinary linear.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self._kernel = DenseKernel(linear.weight.detach())
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)
+        return self._kernel(input, self.bias)

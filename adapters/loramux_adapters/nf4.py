@@ -1,0 +1,178 @@
+"""What a resident weight is worth: NF4 with double quantization, and the one linear layer that uses it.
+
+Format: 4-bit NormalFloat in blocks of 64 with 8-bit block scales in groups of 256 ("double quantization"),
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, in bitsandbytes' packing.
+
+Promises: the packed bytes and scales of a layer never change after load, whatever is run through it; what is
+computed from them (a dense copy in the compute dtype) is a cache that can be dropped. The stock
+`bitsandbytes.nn.Linear4bit` does not promise this: on CPUs with AVX512-BF16 its first evaluation forward repacks the
+weight in place, after which dequantization returns garbage and training gets no gradient.
+Does not load models (see the server's base/loading.py) and does not know what an adapter is.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+
+from loramux_adapters.errors import BaseModelError
+from loramux_adapters.kernels import DenseKernel
+
+BLOCKSIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """One quantized matrix: `packed` uint8 `[ceil(N * K / 2), 1]`, two weights a byte, and its scales."""
+
+    packed: torch.Tensor
+    state: Any  # bitsandbytes.functional.QuantState
+    shape: tuple[int, int]  # (out_features, in_features)
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> NF4Weight:
+        """Quantize a float matrix `[N, K]`. Deterministic: equal values give equal bytes in any float dtype."""
+        packed, state = bnb.quantize_4bit(
+            weight.detach().contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        )
+        return cls(packed, state, (weight.shape[0], weight.shape[1]))
+
+    @classmethod
+    def from_bitsandbytes(cls, packed: torch.Tensor, state: Any, name: str) -> NF4Weight:
+        """Adopt a weight that a bitsandbytes checkpoint brought. Raises BaseModelError for other 4-bit types."""
+        if state.quant_type != "nf4":
+            raise BaseModelError(
+                f"{name} is quantized as '{state.quant_type}'; only 'nf4' is supported: quantize the 16-bit "
+                "checkpoint instead, or save it with bnb_4bit_quant_type='nf4'",
+                param="bnb_4bit_quant_type",
+            )
+        return cls(packed, state, (int(state.shape[0]), int(state.shape[1])))
+
+    def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The matrix `[N, K]` in `dtype`: scale times code in fp32, rounded once."""
+        state = self.state
+        if state.dtype != dtype:
+            state = copy.copy(state)
+            state.dtype = dtype
+        dense: torch.Tensor = bnb.dequantize_4bit(self.packed, state, out=out)
+        return dense
+
+    def canonical_parts(self) -> list[torch.Tensor]:
+        """The tensors that define this weight, in a fixed order: packed codes, scales, nested scales, offset."""
+        parts = [self.packed, self.state.absmax]
+        if self.state.nested:
+            parts += [self.state.state2.absmax, self.state.offset.reshape(1)]
+        return parts
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.canonical_parts())
+
+    def digest(self) -> bytes:
+        """sha256 of shape, block sizes and canonical bytes."""
+        state = self.state
+        nested = state.state2.blocksize if state.nested else 0
+        digest = hashlib.sha256(f"nf4 {self.shape} {state.blocksize} {nested}".encode())
+        for part in self.canonical_parts():
+            digest.update(tensor_bytes(part))
+        return digest.digest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a contiguous tensor, without a copy when it is on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def base_identity(weights: Iterable[tuple[str, NF4Weight | torch.Tensor]]) -> str:
+    """The quantization identity of a base: one sha256 (hex) over the name and content of every linear.
+
+    Two bases with the same identity compute the same function under every adapter that targets those linears.
+    """
+
+    def one(item: tuple[str, NF4Weight | torch.Tensor]) -> tuple[str, bytes]:
+        name, weight = item
+        if isinstance(weight, NF4Weight):
+            return name, weight.digest()
+        digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(tensor_bytes(weight))
+        return name, digest.digest()
+
+    total = hashlib.sha256()
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL on large buffers
+        for name, digest_bytes in sorted(pool.map(one, weights)):
+            total.update(name.encode() + b"\0" + digest_bytes)
+    return total.hexdigest()
+
+
+class NF4Linear(torch.nn.Linear):
+    """A linear whose weight is NF4 for good; inputs and outputs in the compute dtype.
+
+    `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
+    features. With `keep_dense` a dense copy in the compute dtype is derived and used without autograd: the default on
+    CPUs, where dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused
+    4-bit matmul on CUDA, or dequantizes. The backward pass gives the input's gradient only.
+    """
+
+    def __init__(
+        self, quantized: NF4Weight, bias: torch.Tensor | None, dtype: torch.dtype, *, keep_dense: bool = False
+    ) -> None:
+        torch.nn.Module.__init__(self)
+        self.out_features, self.in_features = quantized.shape
+        self.quantized = quantized
+        self.compute_dtype = dtype
+        self.weight = torch.nn.Parameter(quantized.packed, requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        self._kernel = DenseKernel(quantized.dequantize(dtype)) if keep_dense else None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The dense weight `[out_features, in_features]` from the canonical bytes."""
+        return self.quantized.dequantize(dtype or self.compute_dtype)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ W.T + b` without autograd, by the fastest exact path this device has."""
+        if self._kernel is not None:
+            return self._kernel(x, self.bias)
+        if x.device.type == "cuda":
+            fused: torch.Tensor = bnb_matmul(x, self.quantized, self.bias)
+            return fused
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: torch.Tensor = _NF4MatMul.apply(input, self)
+            return out
+        with torch.no_grad():
+            return self.matmul(input)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
+
+
+def bnb_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> Any:
+    """bitsandbytes' 4-bit matmul on CUDA: fused kernels for few rows, dequantize + cuBLAS above."""
+    from bitsandbytes import matmul_4bit
+
+    return matmul_4bit(x, weight.packed.t(), quant_state=weight.state, bias=bias)
+
+
+class _NF4MatMul(torch.autograd.Function):
+    """`x @ W.T + b`, re-deriving W in the backward pass instead of keeping it alive in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.matmul(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.dequantize(grad.dtype), None

@@ -1,0 +1,292 @@
+"""AdapterRegistry: which generation a name means, what it meant before, and who is using it right now.
+
+Reads never touch the disk: every record lives in memory, and a record handed out never changes. A change is
+durable before it is visible. A generation stays in the store while a name, its history or a lease needs it.
+One process owns the registry; its methods may be called from any thread. No torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from loramux_adapters.errors import AdapterConflict, StorageError, UnknownAdapter
+from loramux_adapters.names import check_description, check_json, check_name, split_pin
+from loramux_adapters.registry_db import (
+    AdapterRecord,
+    HistoryEntry,
+    RegistryDatabase,
+    Scanned,
+    Source,
+    State,
+)
+from loramux_adapters.store import GenerationStore
+
+__all__ = ["AdapterRecord", "AdapterRegistry", "HistoryEntry", "Lease", "Scanned", "Source", "State"]
+
+KEEP_HISTORY = 10
+
+
+class Lease:
+    """A claim on the generation a name meant when the lease was taken. Release it, or use it as a context."""
+
+    def __init__(self, registry: AdapterRegistry, record: AdapterRecord) -> None:
+        self.record = record
+        self._registry: AdapterRegistry | None = registry
+
+    def release(self) -> None:
+        """End the claim; a second call does nothing."""
+        registry, self._registry = self._registry, None
+        if registry is not None:
+            registry._release(self.record.generation)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class AdapterRegistry:
+    """Names over a GenerationStore. `reserved` are names no adapter may take: the base model's."""
+
+    def __init__(
+        self,
+        db_path: Path,
+        store: GenerationStore,
+        *,
+        reserved: Collection[str] = (),
+        keep_history: int = KEEP_HISTORY,
+    ) -> None:
+        self.store = store
+        self._reserved = frozenset(reserved)
+        self._keep_history = keep_history
+        self._writing = threading.RLock()  # serialises changes; held during disk writes
+        self._reading = threading.Lock()  # guards the four below; held for an instant
+        self._database = RegistryDatabase(db_path)
+        self._records = {record.name: record for record in self._database.records()}
+        self._names = sorted(self._records)
+        self._in_flight: Counter[str] = Counter()
+        self._states: dict[str, tuple[State, str]] = {}
+
+    def close(self) -> None:
+        with self._writing:
+            self._database.close()
+
+    def put(
+        self,
+        name: str,
+        generation: str,
+        *,
+        source: Source,
+        origin: str = "",
+        owner: str = "",
+        overwrite: bool = True,
+        pinned: bool | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        default_sampling: Mapping[str, object] | None = None,
+    ) -> AdapterRecord:
+        """Point a name at a published generation. What is None keeps its value, or gets the default.
+
+        Without `overwrite` a taken name is a conflict, unless it means this very generation already.
+        """
+        check_name(name, self._reserved)
+        with self._writing:
+            if generation not in self.store:
+                raise StorageError(f"generation {generation[:12]} is not in the adapter store")
+            now = time.time()
+            current = self._records.get(name)
+            if current is None:
+                current = AdapterRecord(
+                    name, generation, source, origin, owner, now, now, False, "", {}, {}, ()
+                )
+            elif current.owner != owner:
+                raise AdapterConflict(f"name: '{name}' belongs to another owner", param="name")
+            elif not overwrite and current.generation != generation:
+                raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
+            record = self._changed(current, pinned, description, metadata, default_sampling)
+            return self._point(record, HistoryEntry(generation, source, origin, now))
+
+    def update(
+        self,
+        name: str,
+        *,
+        pinned: bool | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+        default_sampling: Mapping[str, object] | None = None,
+    ) -> AdapterRecord:
+        """Change what is not None; the generation stays."""
+        with self._writing:
+            record = self._changed(self.get(name), pinned, description, metadata, default_sampling)
+            return self._save(replace(record, updated=time.time()))
+
+    def rollback(self, name: str, generation_prefix: str | None = None) -> AdapterRecord:
+        """Point the name back at a generation of its history, by default the one before the current.
+
+        The generation rolled back from becomes the one before, so a second rollback undoes the first.
+        """
+        with self._writing:
+            record = self.get(name)
+            if generation_prefix is not None:
+                entry = _find(record, generation_prefix)
+            elif len(record.history) > 1:
+                entry = record.history[1]
+            else:
+                raise UnknownAdapter(f"name: '{name}' has no earlier generation", param="name")
+            if entry.generation not in self.store:
+                raise StorageError(f"generation {entry.generation[:12]} is not in the adapter store")
+            return self._point(record, replace(entry, created=time.time()))
+
+    def delete(self, name: str) -> AdapterRecord:
+        """Forget a name and its history. Leases keep what they hold; `sweep` removes the rest."""
+        with self._writing:
+            record = self.get(name)
+            self._database.delete(name)
+            with self._reading:
+                del self._records[name]
+                del self._names[bisect.bisect_left(self._names, name)]
+            return record
+
+    def get(self, name: str) -> AdapterRecord:
+        """The record of exactly this name."""
+        with self._reading:
+            return self._seen(self._lookup(name, "name"))
+
+    def resolve(self, model: str) -> AdapterRecord:
+        """What a request means by 'name', or by 'name@<8 or more hex digits>' for one of its generations."""
+        with self._reading:
+            return self._resolve(model)
+
+    def lease(self, model: str) -> Lease:
+        """Resolve and claim in one step, so that what was resolved cannot be swept before it is used."""
+        with self._reading:
+            record = self._resolve(model)
+            self._in_flight[record.generation] += 1
+        return Lease(self, record)
+
+    def in_flight(self, generation: str) -> int:
+        with self._reading:
+            return self._in_flight[generation]
+
+    def list(self, after: str | None = None, limit: int = 100) -> tuple[AdapterRecord, ...]:
+        """Up to `limit` records in the order of their names, beginning behind the name `after`."""
+        with self._reading:
+            start = 0 if after is None else bisect.bisect_right(self._names, after)
+            return tuple(self._seen(self._records[name]) for name in self._names[start : start + limit])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._records
+
+    def set_state(self, generation: str, state: State, failure: str = "") -> None:
+        """What the engine says of a generation. Kept in memory: after a restart all are available."""
+        with self._reading:
+            self._states[generation] = (state, failure)
+
+    def sweep(self, *, min_age: float = 600.0) -> tuple[str, ...]:
+        """Delete the generations that no name, history or lease refers to; see `GenerationStore.sweep`."""
+        with self._writing:
+            with self._reading:
+                keep = {entry.generation for record in self._records.values() for entry in record.history}
+                keep.update(self._in_flight)
+            removed = self.store.sweep(keep, min_age=min_age)
+            with self._reading:
+                for generation in removed:
+                    self._states.pop(generation, None)
+            return removed
+
+    def scanned(self) -> dict[str, Scanned]:
+        """By path, the adapter folders that scans have imported."""
+        with self._writing:
+            return self._database.scanned()
+
+    def save_scanned(self, path: str, scanned: Scanned | None) -> None:
+        with self._writing:
+            self._database.save_scanned(path, scanned)
+
+    def _lookup(self, name: str, param: str) -> AdapterRecord:
+        record = self._records.get(name)
+        if record is None:
+            raise UnknownAdapter(f"{param}: there is no adapter named {name[:200]!a}", param=param)
+        return record
+
+    def _resolve(self, model: str) -> AdapterRecord:
+        name, pin = split_pin(model)
+        record = self._lookup(name, "model")
+        if pin is not None:
+            entry = _find(record, pin, param="model")
+            record = replace(record, generation=entry.generation, source=entry.source, origin=entry.origin)
+        return self._seen(record)
+
+    def _seen(self, record: AdapterRecord) -> AdapterRecord:
+        state = self._states.get(record.generation)
+        return record if state is None else replace(record, state=state[0], failure=state[1])
+
+    def _changed(
+        self,
+        record: AdapterRecord,
+        pinned: bool | None,
+        description: str | None,
+        metadata: Mapping[str, object] | None,
+        default_sampling: Mapping[str, object] | None,
+    ) -> AdapterRecord:
+        return replace(
+            record,
+            pinned=record.pinned if pinned is None else pinned,
+            description=record.description if description is None else check_description(description),
+            metadata=record.metadata if metadata is None else check_json("metadata", metadata),
+            default_sampling=record.default_sampling
+            if default_sampling is None
+            else check_json("default_sampling", default_sampling),
+        )
+
+    def _point(self, record: AdapterRecord, entry: HistoryEntry) -> AdapterRecord:
+        older = tuple(old for old in record.history if old.generation != entry.generation)
+        return self._save(
+            replace(
+                record,
+                generation=entry.generation,
+                source=entry.source,
+                origin=entry.origin,
+                updated=entry.created,
+                history=(entry, *older)[: self._keep_history],
+            )
+        )
+
+    def _save(self, record: AdapterRecord) -> AdapterRecord:
+        record = replace(record, state="available", failure="")
+        self._database.save(record)
+        with self._reading:
+            if record.name not in self._records:
+                bisect.insort(self._names, record.name)
+            self._records[record.name] = record
+            return self._seen(record)
+
+    def _release(self, generation: str) -> None:
+        with self._reading:
+            self._in_flight[generation] -= 1
+            if not self._in_flight[generation]:
+                del self._in_flight[generation]
+
+
+def _find(record: AdapterRecord, prefix: str, param: str = "generation") -> HistoryEntry:
+    found = [entry for entry in record.history if entry.generation.startswith(prefix)]
+    if len(found) != 1:
+        problem = "no generation" if not found else f"{len(found)} generations"
+        raise UnknownAdapter(
+            f"{param}: the history of '{record.name}' has {problem} beginning with {prefix[:64]!a}",
+            param=param,
+        )
+    return found[0]

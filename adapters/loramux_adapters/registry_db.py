@@ -1,0 +1,184 @@
+"""The registry's tables: durable rows in SQLite, one transaction per change. Rules are in `registry.py`.
+
+Everything a method acknowledged survives a crash (WAL, synchronous=FULL). One process writes; within it the
+caller serialises the calls.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loramux_adapters.errors import StorageError
+
+Source = Literal["path", "upload", "hub", "training", "demo"]
+State = Literal["available", "loading", "ready", "failed"]
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE adapters (
+    name TEXT PRIMARY KEY, generation TEXT NOT NULL, source TEXT NOT NULL, origin TEXT NOT NULL,
+    owner TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, pinned INTEGER NOT NULL,
+    description TEXT NOT NULL, metadata TEXT NOT NULL, default_sampling TEXT NOT NULL
+) STRICT;
+CREATE TABLE history (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL REFERENCES adapters(name) ON DELETE CASCADE,
+    generation TEXT NOT NULL, source TEXT NOT NULL, origin TEXT NOT NULL, created REAL NOT NULL,
+    UNIQUE (name, generation)
+) STRICT;
+CREATE TABLE scanned (path TEXT PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """A generation a name has pointed at, and since when."""
+
+    generation: str
+    source: Source
+    origin: str
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """What a name means at one moment; it never changes afterwards."""
+
+    name: str
+    generation: str
+    source: Source
+    origin: str  # the path, or hf://repo@commit, or job id it came from; "" for an upload
+    owner: str
+    created: float
+    updated: float
+    pinned: bool
+    description: str
+    metadata: Mapping[str, object]
+    default_sampling: Mapping[str, object]
+    history: tuple[HistoryEntry, ...]  # newest first, the current generation at the front
+    state: State = "available"
+    failure: str = ""  # why, when the state is "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """An adapter folder as a scan last imported it."""
+
+    name: str
+    fingerprint: str
+
+
+class RegistryDatabase:
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, timeout=30
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.execute("PRAGMA foreign_keys=ON")
+            self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"the adapter registry cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def records(self) -> Iterator[AdapterRecord]:
+        history: defaultdict[str, list[HistoryEntry]] = defaultdict(list)
+        entries = "SELECT name, generation, source, origin, created FROM history ORDER BY seq DESC"
+        for name, *entry in self._connection.execute(entries):
+            history[name].append(HistoryEntry(*entry))
+        columns = (
+            "name, generation, source, origin, owner, created, updated, pinned, description, "
+            "metadata, default_sampling"
+        )
+        for row in self._connection.execute(f"SELECT {columns} FROM adapters ORDER BY name"):
+            name, generation, source, origin, owner, created, updated, pinned, description = row[:9]
+            yield AdapterRecord(
+                name=name,
+                generation=generation,
+                source=source,
+                origin=origin,
+                owner=owner,
+                created=created,
+                updated=updated,
+                pinned=bool(pinned),
+                description=description,
+                metadata=json.loads(row[9]),
+                default_sampling=json.loads(row[10]),
+                history=tuple(history[name]),
+            )
+
+    def save(self, record: AdapterRecord) -> None:
+        """Insert or replace a record with its history."""
+        with self._transaction():
+            self._connection.execute("DELETE FROM adapters WHERE name = ?", (record.name,))
+            self._connection.execute(
+                "INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    record.name,
+                    record.generation,
+                    record.source,
+                    record.origin,
+                    record.owner,
+                    record.created,
+                    record.updated,
+                    record.pinned,
+                    record.description,
+                    json.dumps(record.metadata),
+                    json.dumps(record.default_sampling),
+                ),
+            )
+            self._connection.executemany(
+                "INSERT INTO history (name, generation, source, origin, created) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (record.name, entry.generation, entry.source, entry.origin, entry.created)
+                    for entry in reversed(record.history)
+                ],
+            )
+
+    def delete(self, name: str) -> None:
+        with self._transaction():
+            self._connection.execute("DELETE FROM adapters WHERE name = ?", (name,))
+
+    def scanned(self) -> dict[str, Scanned]:
+        rows = self._connection.execute("SELECT path, name, fingerprint FROM scanned")
+        return {path: Scanned(name, fingerprint) for path, name, fingerprint in rows}
+
+    def save_scanned(self, path: str, scanned: Scanned | None) -> None:
+        """Remember, or with None forget, what a folder looked like."""
+        with self._transaction():
+            self._connection.execute("DELETE FROM scanned WHERE path = ?", (path,))
+            if scanned is not None:
+                row = (path, scanned.name, scanned.fingerprint)
+                self._connection.execute("INSERT INTO scanned VALUES (?, ?, ?)", row)
+
+    def _migrate(self) -> None:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
+            )
+        elif version != _SCHEMA_VERSION:
+            raise sqlite3.DatabaseError(f"schema {version} was written by another version of loramux")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StorageError(f"the adapter registry cannot be written: {error}") from error

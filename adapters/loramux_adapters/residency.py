@@ -1,0 +1,174 @@
+"""Which adapters are resident where: the policy of the tiers, on paper (no torch).
+
+disk -> host copy -> device slot. The device tier is a pool of rank rows shared by every linear: an adapter of rank r
+takes r rows, so a small adapter never pays for the largest. Promises: an adapter in use is never evicted; the least
+recently used idle one goes first; an adapter that waits long enough gets its turn, because one of those in use is
+then closed to new requests until it drains; pinned adapters stay, but at least one slot is never pinned.
+Does not move bytes: `bank.py` does, and reports back here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loramux_adapters.errors import AdapterConflict, AdapterUnavailable
+
+
+class RowPool:
+    """First-fit allocation of contiguous rank rows. Adjacent free spans are merged."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._free: list[tuple[int, int]] = [(0, rows)]  # (offset, length), sorted, never adjacent
+
+    @property
+    def free_rows(self) -> int:
+        return sum(length for _, length in self._free)
+
+    def allocate(self, rows: int) -> int | None:
+        """The offset of `rows` contiguous rows, or None if no span is long enough."""
+        for index, (offset, length) in enumerate(self._free):
+            if length >= rows:
+                rest = [(offset + rows, length - rows)] if length > rows else []
+                self._free[index : index + 1] = rest
+                return offset
+        return None
+
+    def release(self, offset: int, rows: int) -> None:
+        spans = sorted([*self._free, (offset, rows)])
+        merged = [spans[0]]
+        for start, length in spans[1:]:
+            last_start, last_length = merged[-1]
+            if start < last_start + last_length:
+                raise AssertionError(f"rows {start}.. were free already")
+            if start == last_start + last_length:
+                merged[-1] = (last_start, last_length + length)
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One adapter's place on the device."""
+
+    generation: str
+    offset: int
+    rows: int
+    references: int = 0
+    pinned: bool = False
+    closed_until: int = 0  # tick before which no new request is admitted, so that it drains
+    admitted: int = 0  # requests admitted since it became resident
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    generation: str
+    tier: Literal["device", "host"]
+    reason: Literal["capacity", "fairness"]
+
+
+@dataclass
+class DeviceTier:
+    """At most `max_loras` adapters in `rows` rank rows; LRU over the idle ones. `tick` counts engine steps."""
+
+    max_loras: int
+    rows: int
+    patience: int = 64  # steps an adapter waits before one in use is drained for it
+    min_admitted: int = 4  # requests an adapter serves before it may be drained
+    slots: OrderedDict[str, Slot] = field(default_factory=OrderedDict)  # least recently used first
+    evictions: list[Eviction] = field(default_factory=list)
+    tick: int = 0
+    _waiting: dict[str, tuple[int, int]] = field(default_factory=dict)  # generation -> (since, last asked)
+
+    def __post_init__(self) -> None:
+        self._pool = RowPool(self.rows)
+
+    def get(self, generation: str) -> Slot | None:
+        return self.slots.get(generation)
+
+    def place(self, generation: str, rows: int) -> Slot | None:
+        """Reserve rows for an adapter, evicting idle ones; None if those in use leave no room yet.
+
+        Raises AdapterUnavailable if it could not fit an empty device.
+        """
+        if rows > self.rows:
+            raise AdapterUnavailable(
+                f"an adapter of rank {rows} does not fit the {self.rows} rank rows of the device; raise --max-lora-rank"
+            )
+        since, _ = self._waiting.get(generation, (self.tick, 0))
+        reason: Literal["capacity", "fairness"] = "fairness" if self.tick - since >= self.patience else "capacity"
+        while True:
+            if len(self.slots) < self.max_loras:
+                offset = self._pool.allocate(rows)
+                if offset is not None:
+                    slot = Slot(generation, offset, rows)
+                    self.slots[generation] = slot
+                    self._waiting.pop(generation, None)
+                    for other in self.slots.values():
+                        other.closed_until = 0
+                    return slot
+            victim = next((s for s in self.slots.values() if s.references == 0 and not s.pinned), None)
+            if victim is None:
+                return None
+            self._drop(victim, reason)
+
+    def wait(self, generation: str) -> None:
+        """This adapter wants a slot in this step and gets none; past its patience, close one in use until it drains.
+
+        What is closed reopens by itself when nobody asks any more (the request was aborted, say).
+        """
+        since, last = self._waiting.get(generation, (self.tick, self.tick))
+        if self.tick - last > self.patience:
+            since = self.tick
+        self._waiting[generation] = (since, self.tick)
+        if self.tick - since < self.patience:
+            return
+        closed = [slot for slot in self.slots.values() if slot.closed_until > self.tick]
+        candidates = closed or [s for s in self.slots.values() if not s.pinned and s.admitted >= self.min_admitted]
+        if candidates:
+            max(candidates, key=lambda slot: slot.admitted).closed_until = self.tick + self.patience
+
+    def accepts(self, generation: str) -> bool:
+        slot = self.slots.get(generation)
+        return slot is None or slot.closed_until <= self.tick
+
+    def acquire(self, generation: str) -> Slot:
+        slot = self.slots[generation]
+        slot.references += 1
+        slot.admitted += 1
+        self.slots.move_to_end(generation)
+        return slot
+
+    def release(self, generation: str) -> None:
+        slot = self.slots[generation]
+        if slot.references <= 0:
+            raise AssertionError(f"adapter {generation[:12]} released more often than acquired")
+        slot.references -= 1
+
+    def pin(self, generation: str, pinned: bool) -> None:
+        """Raises AdapterConflict rather than let every slot be pinned: a cold adapter must always find one."""
+        if pinned and sum(s.pinned for s in self.slots.values()) + 1 >= self.max_loras:
+            raise AdapterConflict(f"pinning one more would pin all {self.max_loras} slots", param="pinned")
+        self.slots[generation].pinned = pinned
+
+    def remove(self, generation: str) -> None:
+        """Take back the rows of an adapter nobody references (a failed copy, a deleted adapter)."""
+        slot = self.slots.pop(generation)
+        self._pool.release(slot.offset, slot.rows)
+
+    def _drop(self, slot: Slot, reason: Literal["capacity", "fairness"]) -> None:
+        self.remove(slot.generation)
+        self.evictions.append(Eviction(slot.generation, "device", reason))
+
+    def take_evictions(self) -> list[Eviction]:
+        evictions, self.evictions = self.evictions, []
+        return evictions
+
+    def check(self) -> None:
+        """Every row is free or owned exactly once. Raises AssertionError."""
+        owned = sum(slot.rows for slot in self.slots.values())
+        if owned + self._pool.free_rows != self.rows:
+            raise AssertionError(f"{owned} rows owned + {self._pool.free_rows} free != {self.rows}")

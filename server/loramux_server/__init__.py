@@ -1,0 +1,1 @@
+"""Everything in loramux that knows what a request is: configuration, the engine, HTTP."""

@@ -1,0 +1,1 @@
+"""HTTP only: requests in OpenAI's format become prompts and sampling parameters, tokens become answers."""

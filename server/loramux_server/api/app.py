@@ -1,0 +1,64 @@
+"""Build the HTTP application from its collaborators. It starts no process, opens no port and loads no model."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from loramux_server.api import openapi
+from loramux_server.api.context import ApiContext, ApiSettings
+from loramux_server.api.middleware import Envelope
+from loramux_server.api.models import ModelNames
+from loramux_server.api.protocol import ChatBody, CompletionBody
+from loramux_server.api.routes.chat import chat_router
+from loramux_server.api.routes.completions import completions_router
+from loramux_server.api.routes.models import models_router
+from loramux_server.api.routes.service import service_router
+from loramux_server.api.texts import Texts
+from loramux_server.api.wire import ChatCompletion, Completion, Health, ModelCard, ModelList, Version
+from loramux_server.engine.interface import AdapterDirectory, EngineClient
+from loramux_server.metrics import Metrics
+
+__all__ = ["ApiSettings", "create_app"]
+
+
+def create_app(
+    *,
+    engine: EngineClient,
+    adapters: AdapterDirectory,
+    tokenizer: Any,
+    settings: ApiSettings,
+    metrics: Metrics,
+    chat_template: str | None = None,
+) -> FastAPI:
+    """The application. `tokenizer` is the base's, as AutoTokenizer loads it; `chat_template` replaces its own."""
+    api = ApiContext(
+        engine=engine,
+        models=ModelNames(settings.served_model_names, adapters),
+        texts=Texts(tokenizer, chat_template),
+        settings=settings,
+        metrics=metrics,
+    )
+    engine.add_listener(metrics.observe_step)
+    # No interactive pages: they load their scripts from other hosts. No redirects: clients repeat a POST as a GET.
+    app = FastAPI(
+        title="loramux", version=settings.version, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    for router in (completions_router, chat_router, models_router, service_router):
+        app.include_router(router(api))
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _leave_to_envelope)
+    app.add_middleware(Envelope, metrics=metrics)
+    openapi.install(
+        app, [CompletionBody, ChatBody], [Completion, ChatCompletion, ModelList, ModelCard, Health, Version]
+    )
+    return app
+
+
+async def _leave_to_envelope(request: Request, error: Exception) -> NoReturn:
+    """Errors have one way out, the Envelope."""
+    raise error

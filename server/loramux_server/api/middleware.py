@@ -1,0 +1,90 @@
+"""The outermost layer of every request: its id, its headers, and the one place where exceptions become answers.
+
+Plain ASGI, because a stream must pass through untouched. Promises: every response has x-request-id; an
+exception before the response started becomes OpenAI's envelope, one after it becomes an error event if the
+response is an event stream; only faults of our own are logged with a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loramux_server.api.errors import ErrorReply, reply_to
+from loramux_server.api.stream import event
+from loramux_server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Envelope:
+    """Wraps the whole application."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        reply = _Reply(scope, receive, send)
+        try:
+            await self._app(scope, receive, reply.send)
+        except ClientDisconnect:
+            _log.debug("request %s: the client left", reply.request_id)
+        # The last resort of the whole application: whatever went wrong, the caller gets the envelope.
+        except Exception as error:  # noqa: BLE001
+            answer = reply_to(error, reply.request_id)
+            self._metrics.request_failed(answer.error.code or "other")
+            if answer.status == 500:
+                _log.exception("request %s failed", reply.request_id)
+            elif answer.status > 500:
+                _log.warning("request %s: %s", reply.request_id, answer.error.message)
+            await reply.end_with(answer)
+
+
+class _Reply:
+    """What was sent so far."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._began = time.perf_counter()
+        self._started = False
+        self._is_stream = False
+        self.request_id = _request_id(scope)
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+            headers = MutableHeaders(scope=message)
+            self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
+            headers["x-request-id"] = self.request_id
+            headers["openai-processing-ms"] = str(round((time.perf_counter() - self._began) * 1000))
+            headers["openai-version"] = "2020-10-01"
+        await self._send(message)
+
+    async def end_with(self, answer: ErrorReply) -> None:
+        if not self._started:
+            await answer.response()(self._scope, self._receive, self.send)
+            return
+        # A broken JSON body cannot be mended: leaving it unfinished makes the server cut the connection.
+        if self._is_stream:
+            await self._send({"type": "http.response.body", "body": event(answer.body), "more_body": True})
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(given := value.decode("latin-1")):
+            return str(given)
+    return f"req_{uuid4().hex}"

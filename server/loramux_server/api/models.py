@@ -1,0 +1,74 @@
+"""Which weights a request's `model` means.
+
+A name is, in this order: a served name of the base; an adapter's `name` or `name@generation-prefix`; the same
+with `base:` before it. Anything else is 404, never the base instead.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from loramux_adapters.errors import UnknownAdapter
+from loramux_server.engine.interface import AdapterDirectory, AdapterView
+from loramux_server.engine.messages import AdapterRef
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers: the base (adapter is None) or one generation of an adapter."""
+
+    name: str  # as it is listed, whatever alias the caller used
+    adapter: AdapterRef | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-adapter-generation": self.adapter.generation} if self.adapter else {}
+
+
+class ModelNames:
+    """The names of the base beside those of the adapters."""
+
+    def __init__(self, base_names: tuple[str, ...], adapters: AdapterDirectory) -> None:
+        self.base_names = base_names
+        self._adapters = adapters
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Target]:
+        """The target of a request; an adapter's generation stays until the block is left."""
+        if name in self.base_names:
+            yield Target(self.base_names[0])
+            return
+        lease = self._first_known(name, self._adapters.lease)
+        try:
+            record = lease.record
+            path = self._adapters.store.path(record.generation)
+            yield Target(record.name, AdapterRef(record.generation, str(path)))
+        finally:
+            lease.release()
+
+    def adapter(self, name: str) -> AdapterView:
+        """The adapter of that name. Raises UnknownAdapter for anything else, the base's names included."""
+        return self._first_known(name, self._adapters.resolve)
+
+    def adapters(self) -> Sequence[AdapterView]:
+        return self._adapters.list(limit=sys.maxsize)
+
+    def _first_known(self, name: str, look_up: Callable[[str], T]) -> T:
+        prefixes = (f"{base}:" for base in self.base_names)
+        readings = [name, *(name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))]
+        for reading in readings:
+            try:
+                return look_up(reading)
+            except UnknownAdapter:
+                continue
+        shown = name if len(name) <= 200 else f"{name[:200]}..."
+        raise UnknownAdapter(
+            f"The model '{shown}' does not exist; GET /v1/models lists the base and its adapters.",
+            param="model",
+        )

@@ -1,0 +1,60 @@
+"""The OpenAPI document: the bodies are read by hand (body.py), so they are described by hand, from the same models.
+
+Schemas go under `components/schemas`; what is refused by name is left out of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from loramux_server.api.errors import ErrorEnvelope
+
+_REF = "#/components/schemas/{name}"
+
+
+def describe(body: type[BaseModel], answer: type[msgspec.Struct]) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads `body` and gives `answer`."""
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}},
+        **describe_answer(answer),
+    }
+
+
+def describe_answer(answer: type[msgspec.Struct]) -> dict[str, Any]:
+    return {
+        "responses": {
+            "200": {"description": "OK", "content": {"application/json": {"schema": _ref(answer)}}},
+            "default": {
+                "description": "Error",
+                "content": {"application/json": {"schema": _ref(ErrorEnvelope)}},
+            },
+        }
+    }
+
+
+def install(app: FastAPI, bodies: list[type[BaseModel]], answers: list[type[msgspec.Struct]]) -> None:
+    """Add the schemas that `describe` points at to the application's document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()  # kept by the application, so this runs on the same object every time
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if ErrorEnvelope.__name__ not in schemas:
+            for body in bodies:
+                schema = body.model_json_schema(ref_template=_REF.format(name="{model}"))
+                schemas.update(schema.pop("$defs", {}))
+                schemas[body.__name__] = schema
+            _, components = msgspec.json.schema_components([*answers, ErrorEnvelope], ref_template=_REF)
+            schemas.update(components)
+        return document
+
+    # FastAPI's documented way to extend the document is to replace this method.
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _ref(schema: type) -> dict[str, str]:
+    return {"$ref": _REF.format(name=schema.__name__)}

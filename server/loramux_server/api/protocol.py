@@ -1,0 +1,168 @@
+"""The request bodies: every field we know, with its type and range.
+
+Strict: `true` is no number and "1" is no integer. Unknown fields are kept aside and reported, never refused.
+Fields that OpenAI or vLLM define and that we cannot honour are declared too (`UNSUPPORTED_*`): their neutral
+values pass, anything else is refused by name in params.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag
+
+INT64 = 2**63
+
+# Field -> the values that change nothing. None always does.
+UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (),
+    "logits_processors": ([],),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "response_format": ({"type": "text"},),
+}
+UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_COMMON, "suffix": ("",)}
+UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED_COMMON,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+}
+
+
+def _kind(value: object) -> str:
+    """The tag of a `string or list` field. Tags begin with @, so that error paths can leave them out."""
+    return "@list" if isinstance(value, list) else "@text"
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "@text"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "@token_lists"
+    return "@tokens" if isinstance(first, int) else "@texts"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+Stop = Annotated[
+    Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4), FailFast(), Tag("@list")],
+    Discriminator(_kind),
+]
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Strict):
+    """What completions and chat have in common."""
+
+    model: str = Field(min_length=1)
+    n: int | None = Field(None, ge=1, le=16)
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=INT64)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()] | None = Field(
+        None, max_length=64
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Hints to a provider's bookkeeping: nothing in an answer depends on them.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+# FailFast: a million wrong elements must not become a million error objects.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FailFast()]
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("@text")]
+        | Annotated[list[str], Field(min_length=1), FailFast(), Tag("@texts")]
+        | Annotated[TokenIds, Tag("@tokens")]
+        | Annotated[list[TokenIds], Field(min_length=1), FailFast(), Tag("@token_lists")],
+        Discriminator(_prompt_kind),
+    ]
+    best_of: int | None = Field(None, ge=1, le=20)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+
+class ContentPart(Strict):
+    type: str
+    text: str | None = None
+
+
+Content = Annotated[
+    Annotated[str, Tag("@text")] | Annotated[list[ContentPart], FailFast(), Tag("@list")],
+    Discriminator(_kind),
+]
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+    refusal: str | None = None
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None  # says something about `tools` only, which are refused

@@ -1,0 +1,37 @@
+"""GET /health, /version and /metrics: what operators and their tools ask."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loramux_adapters.errors import EngineError
+from loramux_server.api.context import ApiContext
+from loramux_server.api.openapi import describe_answer
+from loramux_server.api.wire import Health, Version
+
+
+def service_router(api: ApiContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health", openapi_extra=describe_answer(Health))
+    async def health() -> Response:
+        """200 when requests are accepted, 503 while starting, restarting or draining."""
+        if api.engine.state != "ready":
+            raise EngineError(f"the engine is {api.engine.state}")
+        return Response(msgspec.json.encode(Health()), media_type="application/json")
+
+    @router.get("/version", openapi_extra=describe_answer(Version))
+    async def version() -> Response:
+        return Response(msgspec.json.encode(Version(api.settings.version)), media_type="application/json")
+
+    # Load generators probe with HEAD before they read.
+    @router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        """All collectors, in Prometheus' or OpenMetrics' text format."""
+        body, media_type = api.metrics.render(request.headers.get("accept", ""))
+        return Response(body, media_type=media_type)
+
+    return router

@@ -1,0 +1,93 @@
+"""Text to tokens: plain prompts and chat messages, one at a time and off the event loop.
+
+Promises: a chat is rendered by the template of the base (or the one given at start) and by nothing else, and
+a fault of the template is the caller's 400, never a 500. It does not check lengths: params.py does, which
+knows the limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import anyio
+from jinja2.exceptions import TemplateError
+
+from loramux_adapters.errors import RequestError
+from loramux_server.api.detokenize import Pieces
+
+T = TypeVar("T")
+
+# The arguments of apply_chat_template that are not variables of the template.
+_RESERVED = frozenset(
+    [
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "messages",
+    ]
+)
+
+
+class Texts:
+    """The tokenizer of the base, for everything but decoding."""
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.pieces = Pieces(tokenizer)
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        # Fast tokenizers cannot be used by two threads at once; long prompts must not hold the event loop.
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+
+    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain prompts, with the special tokens that the tokenizer adds by itself."""
+        return await self._off_loop(lambda: [list(self._tokenizer.encode(text)) for text in texts])
+
+    async def encode_chat(self, messages: list[dict[str, str]], variables: Mapping[str, object]) -> list[int]:
+        """A conversation as the base's template writes it, ready for the assistant's turn."""
+        if self._chat_template is None and not self._tokenizer.chat_template:
+            raise RequestError(
+                "this base has no chat template; use /v1/completions, or start the server with --chat-template",
+                param="messages",
+                code="no_chat_template",
+            )
+        if reserved := sorted(_RESERVED & set(variables)):
+            raise RequestError(
+                f"'{reserved[0]}' is not a variable of a chat template",
+                param=f"chat_template_kwargs.{reserved[0]}",
+            )
+        return await self._off_loop(lambda: self._render(messages, variables))
+
+    def _render(self, messages: list[dict[str, str]], variables: Mapping[str, object]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **variables,
+            )
+        # A template is a program: on messages it was not written for it raises what programs raise.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise RequestError(
+                f"the chat template does not accept these messages: {error}",
+                param="messages",
+                code="chat_template_error",
+            ) from error
+        # The template wrote the special tokens already.
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work, limiter=self._one_at_a_time)

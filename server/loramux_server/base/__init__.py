@@ -1,0 +1,1 @@
+"""The base model: where it comes from (`demo.py`) and how it becomes resident (`loading.py`)."""

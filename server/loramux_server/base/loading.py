@@ -1,0 +1,310 @@
+"""Any Hugging Face decoder -> one resident base: NF4 linears, transformers' own modeling code, our attention.
+
+Promises: the weights are quantized while they are read (never two full copies), the same layers are quantized that
+transformers' bitsandbytes integration quantizes (every linear but the output head), and what is returned has been
+run once against transformers' own attention, so that an architecture this engine would compute wrongly is
+refused at start instead of answering wrongly later. Remote code is never executed.
+Does not download the demo model (base/demo.py), tokenize, or allocate the KV cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from loramux_adapters.spec import BaseGeometry
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loramux_adapters.errors import BaseModelError
+from loramux_adapters.kernels import ResidentLinear
+from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
+
+logger = logging.getLogger(__name__)
+
+Quantization = Literal["nf4", "none"]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a base. `dtype` "auto": bf16 where the device computes in it, else fp32."""
+
+    model: str
+    name: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: Quantization = "nf4"
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class ResidentBase:
+    """The base as the engine uses it. `model` is in eval mode, without gradients, on one device."""
+
+    model: PreTrainedModel
+    geometry: BaseGeometry
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Quantization
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    weight_bytes: int
+
+    @property
+    def config(self) -> Any:
+        return self.model.config.get_text_config()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA when torch sees a device. Raises BaseModelError for a device that is not there."""
+    if name not in {"auto", "cpu"} and not name.startswith("cuda"):
+        raise BaseModelError(f"--device {name}: choose auto, cpu or cuda", param="device")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError("--device cuda: torch sees no CUDA device on this machine", param="device")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype. On CPUs without bf16 arithmetic, fp32 is several times faster than bf16."""
+    known = {
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "half": torch.float16,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "float": torch.float32,
+    }
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    if name not in known:
+        raise BaseModelError(f"--dtype {name}: choose auto, bfloat16, float16 or float32", param="dtype")
+    if known[name] == torch.float16 and device.type == "cpu":
+        raise BaseModelError(
+            "--dtype float16: not supported on the CPU; choose bfloat16 or float32", param="dtype"
+        )
+    return known[name]
+
+
+def load_base(options: LoadOptions) -> ResidentBase:
+    """Read, quantize and check a base. Raises BaseModelError with one sentence for whatever is wrong with it."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    config = _read_config(options)
+    prequantized = _check_quantization_config(config, options)
+    model = _read_weights(
+        options, config, device, quantize=options.quantization == "nf4" and not prequantized
+    )
+    keep_dense = device.type == "cpu"
+    shapes = _swap_linears(model, dtype, keep_dense=keep_dense)
+    model.requires_grad_(False)
+    model.eval()
+    _cast_remaining(model, dtype)
+    _prepare_head(model)
+    identity = base_identity(_canonical_linears(model))
+    text_config = model.config.get_text_config()
+    return ResidentBase(
+        model=model,
+        geometry=BaseGeometry(name=options.name, identity=identity, linear_shapes=shapes),
+        device=device,
+        dtype=dtype,
+        quantization="nf4" if any(isinstance(m, NF4Linear) for m in model.modules()) else "none",
+        max_position=_max_position(text_config),
+        eos_token_ids=_end_tokens(model),
+        weight_bytes=_resident_bytes(model),
+    )
+
+
+def _read_config(options: LoadOptions) -> Any:
+    path = Path(options.model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BaseModelError(
+            f"{options.model} holds no config.json: it is not a model directory", param="model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            options.model,
+            revision=options.revision,
+            trust_remote_code=False,
+            local_files_only=options.local_files_only,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(f"cannot read the model '{options.model}': {reason}", param="model") from error
+    architectures = getattr(config, "architectures", None) or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if getattr(config, "is_encoder_decoder", False) or not any(name in known for name in architectures):
+        listed = ", ".join(architectures) or "none named"
+        raise BaseModelError(
+            f"'{options.model}' is not a decoder language model (architecture: {listed}); "
+            "loramux serves architectures named ...ForCausalLM",
+            param="model",
+        )
+    return config
+
+
+def _check_quantization_config(config: Any, options: LoadOptions) -> bool:
+    """True if the checkpoint is already NF4. Anything else that is quantized is refused by name."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return False
+    fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    method = str(fields.get("quant_method", "")).rsplit(".", 1)[-1].lower()
+    if "bitsandbytes" not in method or not fields.get("load_in_4bit", fields.get("_load_in_4bit")):
+        raise BaseModelError(
+            f"'{options.model}' is quantized with {method or 'an unknown method'}; use the 16-bit checkpoint or one "
+            "quantized to NF4 by bitsandbytes",
+            param="quantization_config",
+        )
+    if fields.get("bnb_4bit_quant_type") != "nf4":
+        raise BaseModelError(
+            f"'{options.model}' is quantized as {fields.get('bnb_4bit_quant_type')}; only nf4 is supported",
+            param="quantization_config.bnb_4bit_quant_type",
+        )
+    if options.quantization == "none":
+        raise BaseModelError(
+            f"'{options.model}' is already quantized to NF4; --quantization none needs the 16-bit checkpoint",
+            param="quantization",
+        )
+    return True
+
+
+def _read_weights(
+    options: LoadOptions, config: Any, device: torch.device, *, quantize: bool
+) -> PreTrainedModel:
+    # The checkpoint's own dtype is kept while quantizing, so that the codes do not depend on --dtype.
+    arguments: dict[str, Any] = {
+        "dtype": "auto",
+        "device_map": {"": str(device)},
+        "attn_implementation": "eager",
+    }
+    if quantize:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel
+            model, report = AutoModelForCausalLM.from_pretrained(
+                options.model,
+                config=config,
+                revision=options.revision,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=options.local_files_only,
+                output_loading_info=True,
+                **arguments,
+            )
+    except torch.OutOfMemoryError as error:
+        raise BaseModelError(
+            f"not enough memory on {device} to load '{options.model}'; choose a smaller model", param="model"
+        ) from error
+    except (MemoryError, OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BaseModelError(
+            f"cannot load the weights of '{options.model}': {reason}", param="model"
+        ) from error
+    missing = sorted(report["missing_keys"]) if isinstance(report, dict) else sorted(report.missing_keys)
+    if missing:
+        raise BaseModelError(
+            f"'{options.model}' lacks {len(missing)} weights its config asks for, first {missing[0]}",
+            param="model",
+        )
+    return model
+
+
+def _swap_linears(
+    model: PreTrainedModel, dtype: torch.dtype, *, keep_dense: bool
+) -> dict[str, tuple[int, int]]:
+    """Replace bitsandbytes' layers by NF4Linear on the same bytes; return every adaptable linear's shape."""
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        shapes[name] = (module.out_features, module.in_features)
+        if isinstance(module, Linear4bit):
+            quantized = NF4Weight.from_bitsandbytes(module.weight.data, module.weight.quant_state, name)
+            replacement: nn.Linear = NF4Linear(quantized, module.bias, dtype, keep_dense=keep_dense)
+        else:
+            module.to(dtype)
+            replacement = ResidentLinear(module)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, replacement)
+    if not shapes:
+        raise BaseModelError(
+            f"{type(model).__name__} has no linear layers an adapter could target", param="model"
+        )
+    return shapes
+
+
+def _cast_remaining(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Embeddings, norms and the head to the compute dtype; buffers (rotary frequencies) stay in fp32."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _prepare_head(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and not isinstance(head, ResidentLinear):
+        model.set_output_embeddings(ResidentLinear(head))
+
+
+def _canonical_linears(model: PreTrainedModel) -> list[tuple[str, NF4Weight | torch.Tensor]]:
+    head = model.get_output_embeddings()
+    found: list[tuple[str, NF4Weight | torch.Tensor]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            found.append((name, module.quantized))
+        elif isinstance(module, nn.Linear) and module is not head:
+            found.append((name, module.weight))
+    return found
+
+
+def _max_position(config: Any) -> int:
+    """The longest context the rotary embedding computes the same whatever else is in the batch.
+
+    "dynamic" and "longrope" rescale every position by the longest sequence of a forward pass; in a batch of strangers
+    only the length below which they do nothing is safe.
+    """
+    longest = int(getattr(config, "max_position_embeddings", 2048))
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_kind = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in per_kind:
+        if parameters.get("rope_type") in {"dynamic", "longrope"}:
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", longest
+            )
+            longest = min(longest, int(original))
+    return longest
+
+
+def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+    return ()
+
+
+def _resident_bytes(model: PreTrainedModel) -> int:
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.quantized.num_bytes - module.weight.numel()
+    return total

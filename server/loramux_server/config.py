@@ -1,0 +1,206 @@
+"""The only reader of configuration: flags, then LORAMUX_* variables, then a TOML file, then defaults.
+
+One model holds every setting of `loramux serve` with its description; the command line, its help and the file's
+schema all come from it. A flag, variable or key that does not exist is an error that names it; nothing is ignored.
+Names are vLLM's where vLLM has the setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from loramux_adapters.errors import ConfigError
+
+# Variables that other parts of the project document and read at their own place.
+_OTHER_VARIABLES = frozenset({"LORAMUX_CACHE_DIR", "LORAMUX_CONFIG"})
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+          "K": 2**10, "M": 2**20, "G": 2**30}  # fmt: skip
+
+
+def parse_bytes(value: object) -> object:
+    """"4GiB", "512MB" or a plain number of bytes."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError("give a size such as 4GiB, 512MB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def default_data_dir() -> Path:
+    """$XDG_DATA_HOME/loramux, or ~/.local/share/loramux."""
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "loramux"
+
+
+class ServeConfig(BaseSettings):
+    """Serve one base model and any number of LoRA adapters of it over an OpenAI-style API."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAMUX_",
+        extra="forbid",
+        cli_prog_name="loramux serve",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_enforce_required=True,
+        frozen=True,
+    )
+
+    model: CliPositionalArg[str] = Field(
+        description="directory or hub id of the base model; 'demo' is the embedded SmolLM2-135M-Instruct"
+    )
+    config: Path | None = Field(None, description="TOML file with these settings, dashes written as underscores")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    served_model_name: list[str] = Field([], description="name(s) of the base in the API; default: MODEL's own")
+    chat_template: Path | None = Field(None, description="Jinja file used instead of the tokenizer's chat template")
+    max_body_size: Bytes = Field(32 * 2**20, ge=1024, description="largest request body, such as 32MiB")
+    grace: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
+
+    revision: str | None = Field(None, description="hub revision of the base: branch, tag or commit")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    dtype: str = Field("auto", description="compute type: auto, bfloat16, float16 or float32")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4 (4-bit, double quantization) or none")
+    max_model_len: int | None = Field(None, ge=32, description="longest prompt plus answer in tokens; default: the model's")
+    seed: int | None = Field(None, description="seed of requests that bring none")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+
+    max_num_seqs: int = Field(64, ge=1, le=1024, description="requests that run at once")
+    max_num_batched_tokens: int = Field(512, ge=16, description="tokens computed per step, prompts included")
+    max_queued: int = Field(1024, ge=1, description="requests accepted at once, waiting ones included")
+    kv_cache_memory: Bytes | None = Field(None, ge=2**20, description="KV cache size, such as 4GiB; default: what is free")
+    gpu_memory_utilization: float = Field(0.9, gt=0.1, le=0.99, description="share of the GPU's memory to use")
+    block_size: int = Field(16, ge=8, le=256, description="tokens per KV block")
+
+    enable_lora: bool = Field(True, description="accepted for familiarity; adapters are always served")
+    adapter_dir: list[Path] = Field([], description="folder of adapter folders, scanned at start and on change")
+    lora_modules: list[str] = Field([], description="name=path of an adapter to serve; may repeat")
+    max_loras: int = Field(8, ge=1, le=1024, description="adapters resident on the device at once")
+    max_lora_rank: int = Field(64, ge=1, le=512, description="largest adapter rank")
+    max_cpu_loras: int = Field(64, ge=1, description="adapters kept in host memory")
+    demo_adapters: bool | None = Field(None, description="serve the shipped demo adapters; default: with 'demo' only")
+
+    data_dir: Path = Field(default_data_dir(), description="where everything that must last is kept")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.enable_lora:
+            raise ValueError("enable_lora: cannot be turned off; without adapters nothing is computed for them")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, one token per running request")
+        for entry in self.lora_modules:
+            name, separator, path = entry.partition("=")
+            if not (name and separator and path):
+                raise ValueError(f"lora_modules: '{entry}' is not name=path")
+        return self
+
+    @property
+    def is_demo(self) -> bool:
+        return self.model == "demo"
+
+    @property
+    def names(self) -> list[str]:
+        """The base's names in the API; the first is canonical."""
+        if self.served_model_name:
+            return self.served_model_name
+        return ["demo", "SmolLM2-135M-Instruct"] if self.is_demo else [self.model.rstrip("/")]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings  # what `read_config` passes as arguments comes from the file
+
+
+def read_config(arguments: Sequence[str]) -> ServeConfig:
+    """Build the configuration of `loramux serve`. Raises ConfigError; --help and wrong flags exit as usual."""
+    _refuse_unknown_variables()
+    flags = _expand_lists(arguments)
+    source: CliSettingsSource[Any] = CliSettingsSource(ServeConfig, cli_parse_args=flags)
+    path = _config_path(flags)
+    from_file = _read_file(path) if path is not None else {}
+    try:
+        return ServeConfig(_cli_settings_source=source, **from_file)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        message = first["msg"].removeprefix("Value error, ")
+        sentence = message if first["type"] == "value_error" and not first["loc"] else f"{where}: {message}"
+        raise ConfigError(sentence, param=where) from error
+    except SettingsError as error:
+        raise ConfigError(f'{error}; give a list as JSON, such as ["name=path"]') from error
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"LORAMUX_{name.upper()}" for name in ServeConfig.model_fields} | _OTHER_VARIABLES
+    for variable in os.environ:
+        if variable.startswith("LORAMUX_") and variable not in known:
+            raise ConfigError(f"{variable} is not a setting of loramux; see loramux serve --help", param=variable)
+
+
+def _expand_lists(arguments: Sequence[str]) -> list[str]:
+    """`--lora-modules a=x b=y`, as vLLM takes it, to one flag per value."""
+    expanded: list[str] = []
+    in_list = False
+    for argument in arguments:
+        if argument == "--lora-modules":
+            in_list = True
+            continue
+        in_list = in_list and "=" in argument and not argument.startswith("-")
+        expanded.append(f"--lora-modules={argument}" if in_list else argument)
+    return expanded
+
+
+def _config_path(flags: Sequence[str]) -> Path | None:
+    for index, flag in enumerate(flags):
+        if flag.startswith("--config="):
+            return Path(flag.removeprefix("--config="))
+        if flag == "--config" and index + 1 < len(flags):
+            return Path(flags[index + 1])
+    variable = os.environ.get("LORAMUX_CONFIG")
+    return Path(variable) if variable else None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}", param="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}", param="config") from error
+    unknown = sorted(set(settings) - set(ServeConfig.model_fields))
+    if unknown:
+        raise ConfigError(f"--config {path}: {unknown[0]} is not a setting of loramux", param=unknown[0])
+    return settings
+
+
+if sys.platform == "win32":
+    raise ConfigError("loramux serves on Linux and macOS; on Windows use WSL 2")

@@ -1,0 +1,181 @@
+"""Attention over a block-based KV cache, as an attention function that transformers' own modeling code calls.
+
+All tokens of a step travel as one row `[1, T]`; `PagedBatch` says which sequence each belongs to and where its keys and
+values go. Layout follows PagedAttention (Kwon et al. 2023, https://arxiv.org/abs/2309.06180): a block holds
+`block_size` tokens of one sequence. The decode part gathers the blocks of its sequences and runs them as one batch;
+each prompt chunk runs on its own. Grouped-query heads, sliding windows and score capping are honoured; any other
+argument an architecture passes (sinks, say) is refused by name, because ignoring it would give wrong answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from loramux_adapters.errors import BaseModelError
+
+NAME = "loramux_paged"
+
+# Arguments transformers passes to every attention function that do not change what a causal decoder computes here:
+# positions are in the batch, dropout is 0 in evaluation, the rest belongs to other attention functions.
+_HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
+                       "output_hidden_states", "return_dict", "past_key_values", "position_embeddings", "layer_idx"})
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`length` tokens of one sequence, at rows `start..` of the step, `context` tokens of it cached before them."""
+
+    start: int
+    length: int
+    context: int
+    blocks: torch.Tensor  # [ceil((context + length) / block_size)] int64
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """Where the rows of one step belong. Decoding sequences are the first `num_decodes` rows."""
+
+    slots: torch.Tensor  # [T] int64: flat cache position of each row
+    num_decodes: int
+    block_table: torch.Tensor  # [num_decodes, max_blocks] int64
+    lengths: torch.Tensor  # [num_decodes] int64: tokens each may attend to, its own included
+    chunks: SequenceOf[Chunk]
+    cache: KVCache
+    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def decode_mask(self, window: int | None) -> torch.Tensor | None:
+        """`[num_decodes, 1, 1, L]` bool, True where a key may be seen; the same for every layer of a kind."""
+        if window not in self._masks:
+            padded = self.block_table.shape[1] * self.cache.block_size
+            keys = torch.arange(padded, device=self.lengths.device)
+            visible = keys[None, :] < self.lengths[:, None]
+            if window is not None:
+                visible &= keys[None, :] >= self.lengths[:, None] - window
+            self._masks[window] = None if bool(visible.all()) else visible[:, None, None, :]
+        return self._masks[window]
+
+
+class KVCache:
+    """Keys and values of every layer: per layer `[num_blocks, block_size, 2, kv_heads, head_dim]`."""
+
+    def __init__(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        shape = (num_blocks, block_size, 2, kv_heads, head_dim)
+        # Zeros, not empty: padding rows of a gathered block must not hold NaN.
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `[T, kv_heads, head_dim]` keys and values at flat positions `slots [T]`."""
+        flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])
+        flat[slots] = torch.stack((key, value), dim=1)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `[..., n]` blocks as `[..., kv_heads, n * block_size, head_dim]` views of one copy."""
+        store = self.layers[layer]
+        picked = store.index_select(0, blocks.reshape(-1))
+        picked = picked.view(*blocks.shape[:-1], -1, 2, *store.shape[3:])
+        key, value = picked.unbind(-3)
+        return key.transpose(-3, -2), value.transpose(-3, -2)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: PagedBatch,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """query `[1, heads, T, head_dim]`, key and value `[1, kv_heads, T, head_dim]` -> `[1, T, heads, head_dim]`."""
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if unknown or attention_mask is not None:
+        named = ", ".join(unknown) or "attention_mask"
+        raise BaseModelError(f"{type(module).__name__} passes '{named}' to attention, which loramux does not honour")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
+    cache = paged.cache
+    cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
+    n = paged.num_decodes
+    if n:
+        keys, values = cache.gather(layer, paged.block_table)
+        # The query heads that share a KV head become query rows of it: no repeated keys.
+        grouped = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], -1, query.shape[-1])
+        mask = paged.decode_mask(sliding_window)
+        out[:n] = _attend(grouped, keys, values, mask, scale, softcap).reshape(n, *out.shape[1:])
+    for chunk in paged.chunks:
+        rows = slice(chunk.start, chunk.start + chunk.length)
+        out[rows] = _attend_chunk(query[:, :, rows], cache, layer, chunk, scale, sliding_window, softcap)
+    return out[None], None
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    cache: KVCache,
+    layer: int,
+    chunk: Chunk,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One prompt chunk against its own cached tokens: `[1, heads, t, d]` -> `[t, heads, d]`."""
+    total = chunk.context + chunk.length
+    keys, values = cache.gather(layer, chunk.blocks[None])
+    keys, values = keys[:, :, :total], values[:, :, :total]
+    repeats = query.shape[1] // keys.shape[1]
+    if repeats > 1:
+        keys = keys.repeat_interleave(repeats, dim=1)
+        values = values.repeat_interleave(repeats, dim=1)
+    windowed = window is not None and total > window
+    if chunk.context == 0 and not windowed and softcap is None:
+        out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    else:
+        positions = torch.arange(chunk.context, total, device=query.device)
+        seen = torch.arange(total, device=query.device)
+        visible = seen[None, :] <= positions[:, None]
+        if window is not None:
+            visible &= seen[None, :] > positions[:, None] - window
+        out = _attend(query, keys, values, visible[None, None], scale, softcap)
+    return out[0].transpose(0, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`[b, h, q, d]` against `[b, h, L, d]`; with `softcap` the scores are squashed to +-softcap (Gemma 2)."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    scores = torch.matmul(query.float(), keys.float().transpose(-2, -1)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(scores.softmax(-1), values.float()).to(query.dtype)
+
+
+AttentionInterface.register(NAME, paged_attention)

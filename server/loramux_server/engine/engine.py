@@ -1,0 +1,177 @@
+"""The engine: `add`, `abort`, `step`. A plain object that knows no process, no text and no HTTP.
+
+`step` is the program: schedule -> run -> postprocess. Unit tests and the offline benchmark use it as it is; the worker
+process drives it in a loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loramux_adapters import layers
+from loramux_adapters.bank import AdapterBank
+from loramux_adapters.errors import AdapterUnavailable, ContextLengthExceeded, RequestError
+from loramux_adapters.residency import DeviceTier
+from loramux_adapters.weights import LoraWeights
+from loramux_server.base.loading import ResidentBase
+from loramux_server.engine.kv_cache import BlockManager
+from loramux_server.engine.messages import (
+    AdapterEviction,
+    AdapterLoad,
+    AddRequest,
+    EngineStats,
+    FinishReason,
+    StepOutput,
+    TokenOutput,
+)
+from loramux_server.engine.runner import ModelRunner
+from loramux_server.engine.sampler import Sampled, sample
+from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
+from loramux_server.engine.sequence import Scheduled, Sequence, Status
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes of the engine. `lora_rows` is the device pool's rank rows, shared by all resident adapters."""
+
+    num_blocks: int
+    block_size: int = 16
+    limits: SchedulerLimits = SchedulerLimits()
+    max_model_len: int = 2048
+    max_loras: int = 8
+    max_cpu_loras: int = 64
+    lora_rows: int = 512
+
+
+class Engine:
+    def __init__(self, base: ResidentBase, options: EngineOptions) -> None:
+        self.base = base
+        self.options = options
+        modules, batch = layers.install(base.model, list(base.geometry.linear_shapes))
+        self.bank = AdapterBank(
+            modules,
+            batch,
+            DeviceTier(max_loras=options.max_loras, rows=options.lora_rows),
+            self._read_adapter,
+            max_cpu_loras=options.max_cpu_loras,
+            device=base.device,
+            dtype=base.dtype,
+        )
+        self.blocks = BlockManager(options.num_blocks, options.block_size)
+        self.scheduler = Scheduler(options.limits, self.blocks, self.bank)
+        self.runner = ModelRunner(base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size)
+        self.sequences: dict[str, Sequence] = {}
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises RequestError if it could never run."""
+        longest = len(request.prompt) + request.params.max_tokens
+        if not request.prompt or request.params.max_tokens < 1:
+            raise RequestError("a request needs at least one prompt token and max_tokens >= 1", param="prompt")
+        if longest > self.options.max_model_len or self.blocks.blocks_for(longest) > self.blocks.num_blocks:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.options.max_model_len} tokens. However, the request "
+                f"needs {longest} tokens ({len(request.prompt)} in the prompt, {request.params.max_tokens} to generate)",
+                param="prompt",
+            )
+        if request.id in self.sequences:
+            raise RequestError(f"request id '{request.id}' is in use", param="id")
+        sequence = Sequence(request.id, request.prompt, request.params, request.adapter)
+        self.sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its blocks and its hold on the adapter are free at once. Unknown ids are ignored."""
+        sequence = self.sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.finish(sequence)
+
+    def step(self) -> StepOutput:
+        """Advance every scheduled sequence and say what came of it."""
+        self._steps += 1
+        self.bank.tier.tick += 1
+        plan = self.scheduler.schedule()
+        outputs = [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
+        if plan.scheduled:
+            logits = self.runner.run(plan.scheduled)
+            outputs += self._postprocess(plan.scheduled, logits)
+        loads = [AdapterLoad(e.generation, e.tier, e.seconds, e.ok) for e in self.bank.take_events()]
+        evictions = [AdapterEviction(e.generation, e.tier, e.reason) for e in self.bank.tier.take_evictions()]
+        return StepOutput(outputs=outputs, stats=self.stats(plan), loads=loads, evictions=evictions)
+
+    def check_integrity(self) -> None:
+        """Nothing leaked: blocks, rank rows, adapter references. Raises AssertionError."""
+        self.blocks.check(list(self.sequences.values()))
+        self.bank.tier.check()
+        holders = [s.generation for s in self.scheduler.running if s.holds_adapter]
+        for generation, slot in self.bank.tier.slots.items():
+            if slot.references != holders.count(generation):
+                raise AssertionError(f"adapter {generation[:12]}: {slot.references} references, not {holders}")
+
+    def close(self) -> None:
+        self.bank.close()
+
+    def _read_adapter(self, generation: str, path: str) -> LoraWeights:
+        """The gate once more, and the hash: a file that changed under the store must not answer in its name."""
+        weights = LoraWeights.read(Path(path), self.base.geometry)
+        if weights.generation != generation:
+            raise AdapterUnavailable(f"the files of generation {generation[:12]} are damaged: their hash differs")
+        return weights
+
+    def _postprocess(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[TokenOutput]:
+        sampling = [item.sequence for item in scheduled if item.samples]
+        for item in scheduled:
+            item.sequence.num_computed += item.count
+        sampled = sample(logits, sampling, self.base.eos_token_ids)
+        return [self._advance(sequence, result) for sequence, result in zip(sampling, sampled, strict=True)]
+
+    def _advance(self, sequence: Sequence, result: Sampled) -> TokenOutput:
+        if result.token is None:
+            return self._failure(sequence, "the model's logits are not finite for this request", "not_finite")
+        sequence.output.append(result.token)
+        finish = self._finish_reason(sequence, result.token)
+        if finish is not None:
+            sequence.finish = finish
+            self.scheduler.finish(sequence)
+            del self.sequences[sequence.id]
+        logprobs = None if result.logprobs is None else [result.logprobs]
+        return TokenOutput(sequence.id, [result.token], finish=finish, logprobs=logprobs)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.params
+        if token in params.stop_token_ids or (token in self.base.eos_token_ids and not params.ignore_eos):
+            return "stop"
+        return "length" if len(sequence.output) >= params.max_tokens else None
+
+    def _failure(self, sequence: Sequence, message: str, code: str) -> TokenOutput:
+        if sequence.status is not Status.FINISHED:
+            self.scheduler.finish(sequence)
+        del self.sequences[sequence.id]
+        return TokenOutput(sequence.id, [], finish="error", error=message, error_code=code)
+
+    def stats(self, plan: Plan | None = None) -> EngineStats:
+        """The engine's state now; `plan` is what ran in the step just made."""
+        scheduled = [] if plan is None else plan.scheduled
+        generations = {item.sequence.generation for item in scheduled} - {None}
+        return EngineStats(
+            step=self._steps,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self.blocks.num_used,
+            kv_blocks_total=self.blocks.num_blocks,
+            batch_tokens=sum(item.count for item in scheduled),
+            batch_adapters=len(generations),
+            preemptions=self.scheduler.preemptions,
+            device_adapters=self.bank.resident(),
+            host_adapters=self.bank.on_host(),
+        )

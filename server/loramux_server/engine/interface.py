@@ -1,0 +1,100 @@
+"""What the HTTP side needs of the engine and of the adapters, as protocols.
+
+Routes and tests depend on these, never on the process behind them. Nothing here says how tokens are made, and
+nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from loramux_server.engine.messages import (
+    AdapterRef,
+    EngineStats,
+    Ready,
+    SamplingParams,
+    StepOutput,
+    TokenOutput,
+)
+
+EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
+
+
+class EngineClient(Protocol):
+    """The worker as seen from the front's event loop."""
+
+    @property
+    def ready(self) -> Ready:
+        """Description of the resident base. Raises EngineError while there is none."""
+        ...
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """State after the latest step; None before the first."""
+        ...
+
+    def generate(
+        self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """One request's tokens as they come; the last output carries `finish`.
+
+        Closing the generator early aborts the request. Raises Overloaded or EngineError, before the first output,
+        when the engine does not accept it.
+        """
+        ...
+
+    def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
+        """Call `listener` on the event loop with every step's output."""
+        ...
+
+
+class AdapterView(Protocol):
+    """What a name means at one moment."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def generation(self) -> str: ...
+
+    @property
+    def created(self) -> float:
+        """Unix seconds."""
+        ...
+
+
+class AdapterLease(Protocol):
+    """A claim on a generation: it stays on disk until the lease is released. Releasing twice does nothing."""
+
+    @property
+    def record(self) -> AdapterView: ...
+
+    def release(self) -> None: ...
+
+
+class GenerationPaths(Protocol):
+    def path(self, generation: str) -> Path: ...
+
+
+class AdapterDirectory(Protocol):
+    """Names of adapters, and leases on what they mean. AdapterRegistry is one."""
+
+    @property
+    def store(self) -> GenerationPaths: ...
+
+    def list(self, after: str | None = None, limit: int = 100) -> Sequence[AdapterView]:
+        """Up to `limit` adapters in the order of their names, beginning behind the name `after`."""
+        ...
+
+    def resolve(self, model: str) -> AdapterView:
+        """What `name` or `name@generation-prefix` means. Raises UnknownAdapter."""
+        ...
+
+    def lease(self, model: str) -> AdapterLease:
+        """Resolve and claim in one step. Raises UnknownAdapter."""
+        ...

@@ -1,0 +1,151 @@
+"""What crosses the process boundary between the front and the worker, as msgspec structs.
+
+The front sends `Command`s as they come; the worker answers with one `StepOutput` per engine step that carries
+every new token of that step. No torch, no pickle. Nothing here is OpenAI's wire format: that is `api/protocol.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token of one request is chosen. Validated by the route; the engine trusts it.
+
+    Order of operations, as in vLLM: logit_bias, min_tokens, repetition/presence/frequency penalties, temperature,
+    min_p, top_k, top_p, then the draw. temperature 0 is greedy and ignores the filters.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int | None = None  # same seed and prompt: same tokens, whatever else is in the batch
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
+    logprobs: int | None = None  # None: none; k: the sampled token's and the top k
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """Which weights answer: one immutable generation and the directory that holds it."""
+
+    generation: str
+    path: str
+
+
+class AddRequest(msgspec.Struct, tag="add"):
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+
+
+class AbortRequest(msgspec.Struct, tag="abort"):
+    id: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """Stop at once; the front has drained already."""
+
+
+Command = AddRequest | AbortRequest | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Natural-log probabilities before temperature and filters: of the sampled token, and of the top k."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenOutput(msgspec.Struct, omit_defaults=True):
+    """What one step gave one request: usually one token; `finish` set exactly once, on the last."""
+
+    id: str
+    tokens: list[int]
+    finish: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None  # with finish == "error": one sentence
+    error_code: str | None = None
+    cached_tokens: int = 0
+
+
+class AdapterLoad(msgspec.Struct):
+    """One adapter moved into host memory or a device slot (or failed to)."""
+
+    generation: str
+    tier: Literal["host", "device"]
+    seconds: float
+    ok: bool
+
+
+class AdapterEviction(msgspec.Struct):
+    """One adapter left a tier to make room."""
+
+    generation: str
+    tier: Literal["host", "device"]
+    reason: Literal["capacity", "fairness"]
+
+
+class EngineStats(msgspec.Struct):
+    """State of the engine after a step; gauges of /metrics."""
+
+    step: int
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    batch_tokens: int
+    batch_adapters: int
+    preemptions: int
+    device_adapters: list[str]
+    host_adapters: list[str]
+
+
+class StepOutput(msgspec.Struct, tag="step"):
+    outputs: list[TokenOutput]
+    stats: EngineStats
+    loads: list[AdapterLoad] = []
+    evictions: list[AdapterEviction] = []
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """The base is resident. Everything the front must know of it; shapes are (out_features, in_features)."""
+
+    base_name: str
+    base_identity: str
+    architecture: str
+    max_model_len: int
+    vocab_size: int
+    device: str
+    dtype: str
+    quantization: str
+    eos_token_ids: list[int]
+    linear_shapes: dict[str, tuple[int, int]]
+    weight_bytes: int
+    kv_blocks_total: int
+    kv_block_size: int
+
+
+class Fatal(msgspec.Struct, tag="fatal"):
+    """The worker cannot go on; one sentence, no traceback (that is in the log)."""
+
+    message: str
+
+
+Event = StepOutput | Ready | Fatal
+
+COMMAND_ENCODER = msgspec.msgpack.Encoder()
+COMMAND_DECODER = msgspec.msgpack.Decoder(Command)
+EVENT_ENCODER = msgspec.msgpack.Encoder()
+EVENT_DECODER = msgspec.msgpack.Decoder(Event)

@@ -1,0 +1,158 @@
+"""The only file that runs the model: a step's tokens in, logits of the rows that sample out.
+
+Promises: one forward pass per step for all sequences, decoding and prompt chunks of any adapters alike; modeling code is
+transformers', unmodified. The step's tensors are built on the CPU and moved once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from loramux_adapters.bank import AdapterBank
+from loramux_adapters.errors import BaseModelError
+from loramux_server.base.loading import ResidentBase
+from loramux_server.engine import attention
+from loramux_server.engine.attention import Chunk, KVCache, PagedBatch
+from loramux_server.engine.sequence import Scheduled
+
+
+def kv_bytes_per_token(base: ResidentBase) -> int:
+    """Bytes of keys and values one token takes in all layers."""
+    layers, heads, head_dim = _kv_shape(base)
+    return layers * 2 * heads * head_dim * base.dtype.itemsize
+
+
+def _kv_shape(base: ResidentBase) -> tuple[int, int, int]:
+    config = base.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+class ModelRunner:
+    def __init__(self, base: ResidentBase, bank: AdapterBank, *, num_blocks: int, block_size: int) -> None:
+        self.base = base
+        self.bank = bank
+        layers, heads, head_dim = _kv_shape(base)
+        self.cache = KVCache(layers, num_blocks, block_size, heads, head_dim, base.dtype, base.device)
+        self._self_check()
+        base.model.set_attn_implementation(attention.NAME)
+
+    @torch.inference_mode()
+    def run(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
+        """Logits `[samples, vocab]` in fp32 for the items that sample, in the order they were given."""
+        # Decoding sequences first: attention runs them as one batch.
+        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].count > 1)
+        items = [scheduled[i] for i in order]
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[str | None] = []
+        for item in items:
+            start = item.sequence.num_computed
+            tokens += item.sequence.tokens(start, start + item.count)
+            positions += range(start, start + item.count)
+            rows += [item.sequence.generation] * item.count
+        self.bank.set_adapter(rows)
+        last_rows = self._sampling_rows(items, order, len(scheduled))
+        device = self.base.device
+        output = self.base.model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(last_rows, device=device),
+            paged=self._paged_batch(items),
+        )
+        return output.logits[0].float()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _sampling_rows(items: list[Scheduled], order: list[int], count: int) -> list[int]:
+        """Row of the last token of each item that samples, back in the order the scheduler gave them."""
+        last: list[int | None] = [None] * count
+        row = 0
+        for index, item in zip(order, items, strict=True):
+            row += item.count
+            if item.samples:
+                last[index] = row - 1
+        return [row for row in last if row is not None]
+
+    def _paged_batch(self, items: list[Scheduled]) -> PagedBatch:
+        size = self.cache.block_size
+        device = self.base.device
+        slots: list[int] = []
+        chunks: list[Chunk] = []
+        decodes = [item for item in items if item.count == 1]
+        for item in items:
+            sequence, start = item.sequence, item.sequence.num_computed
+            for position in range(start, start + item.count):
+                slots.append(sequence.blocks[position // size] * size + position % size)
+            if item.count > 1:
+                needed = -(-(start + item.count) // size)
+                blocks = torch.tensor(sequence.blocks[:needed], device=device)
+                chunks.append(Chunk(len(slots) - item.count, item.count, start, blocks))
+        lengths = [item.sequence.num_computed + 1 for item in decodes]
+        width = max((-(-length // size) for length in lengths), default=0)
+        table = [(item.sequence.blocks[:width] + [0] * width)[:width] for item in decodes]
+        return PagedBatch(
+            slots=torch.tensor(slots, device=device),
+            num_decodes=len(decodes),
+            block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(decodes), width),
+            lengths=torch.tensor(lengths, dtype=torch.long, device=device),
+            chunks=chunks,
+            cache=self.cache,
+        )
+
+    @torch.inference_mode()
+    def _self_check(self) -> None:
+        """Our attention against transformers' own on one short prompt, whole and split; a wrong base never serves.
+
+        Raises BaseModelError if the logits differ by more than rounding.
+        """
+        base = self.base
+        count = min(24, base.max_position)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, base.config.vocab_size, (1, count), generator=generator).to(base.device)
+        positions = torch.arange(count, device=base.device)[None]
+        implementation = base.config._attn_implementation
+        reference = base.model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].float()
+        base.model.set_attn_implementation(attention.NAME)
+        try:
+            ours = [
+                base.model(
+                    input_ids=tokens[:, start:stop],
+                    position_ids=positions[:, start:stop],
+                    use_cache=False,
+                    paged=self._probe_batch(start, stop),
+                ).logits[0]
+                for start, stop in ((0, count - 4), (count - 4, count - 1), (count - 1, count))
+            ]
+        except (TypeError, RuntimeError) as error:
+            raise BaseModelError(
+                f"{type(base.model).__name__} does not run on the paged KV cache: {error}", param="model"
+            ) from error
+        finally:
+            base.model.set_attn_implementation(implementation)
+        # Relative to the logits' size: single logits of a 16-bit model move by several units in the last place.
+        error = (torch.cat(ours).float() - reference).norm().item() / max(reference.norm().item(), 1e-6)
+        bound = 1e-3 if base.dtype == torch.float32 else 0.1
+        if not error <= bound:
+            raise BaseModelError(
+                f"{type(base.model).__name__} gives other logits on the paged KV cache than in transformers "
+                f"(relative error {error:.3g}, at most {bound:g} is rounding); it is not supported",
+                param="model",
+            )
+
+    def _probe_batch(self, start: int, stop: int) -> PagedBatch:
+        size = self.cache.block_size
+        device = self.base.device
+        blocks = torch.arange(-(-stop // size), device=device)
+        decode = stop - start == 1
+        return PagedBatch(
+            slots=torch.arange(start, stop, device=device),
+            num_decodes=int(decode),
+            block_table=blocks[None] if decode else blocks.new_zeros((0, 0)),
+            lengths=torch.tensor([stop] if decode else [], dtype=torch.long, device=device),
+            chunks=[] if decode else [Chunk(0, stop - start, start, blocks)],
+            cache=self.cache,
+        )

@@ -1,0 +1,150 @@
+"""Who runs in the next step: policy only, no torch, no clock.
+
+Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
+token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). A sequence whose adapter is not
+resident waits alone. When the KV cache runs out, the youngest running sequence gives its blocks back and is recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loramux_adapters.errors import AdapterError
+from loramux_server.engine.kv_cache import BlockManager
+from loramux_server.engine.sequence import Scheduled, Sequence, Status
+from loramux_server.engine.waiting import Verdict, WaitingQueue
+
+
+class AdapterResidency(Protocol):
+    """What the scheduler asks of the adapter bank."""
+
+    def prepare(self, generation: str, path: str) -> bool: ...
+    def accepts(self, generation: str) -> bool: ...
+    def acquire(self, generation: str) -> None: ...
+    def release(self, generation: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`max_num_seqs` run at once; a step computes at most `max_num_batched_tokens` tokens."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    quantum: int = 256  # prompt tokens an adapter's queue earns per round
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs in a step, and which sequences failed because their adapter did."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    failed: list[tuple[Sequence, AdapterError]] = field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, adapters: AdapterResidency) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.adapters = adapters
+        self.running: list[Sequence] = []  # oldest first
+        self.waiting = WaitingQueue(limits.quantum)
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or len(self.waiting) > 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.push(sequence)
+
+    def schedule(self) -> Plan:
+        plan = Plan()
+        self._continue_running(plan)
+        budget = self.limits.max_num_batched_tokens - sum(item.count for item in plan.scheduled)
+        self._admit_waiting(plan, budget)
+        return plan
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back all it holds."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def _continue_running(self, plan: Plan) -> None:
+        budget = self.limits.max_num_batched_tokens
+        # Decoding first: a long prompt must not stall the streams that already talk.
+        for sequence in sorted(self.running, key=lambda s: s.num_pending > 1):
+            count = min(sequence.num_pending, budget)
+            if count == 0 or sequence.status is not Status.RUNNING:
+                continue
+            if self._make_room(sequence, sequence.num_computed + count, plan):
+                plan.scheduled.append(Scheduled(sequence, count))
+                budget -= count
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
+        """Blocks for `num_tokens`, preempting the youngest as needed; False if that was `sequence` itself."""
+        while not self.blocks.can_grow(sequence, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            plan.scheduled[:] = [item for item in plan.scheduled if item.sequence is not victim]
+            if victim is sequence:
+                return False
+        self.blocks.grow(sequence, num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.status = Status.WAITING
+        self.waiting.push(sequence, front=True)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence)
+        if sequence.holds_adapter and sequence.adapter is not None:
+            self.adapters.release(sequence.adapter.generation)
+            sequence.holds_adapter = False
+
+    def _admit_waiting(self, plan: Plan, budget: int) -> None:
+        left = budget
+
+        def admit(sequence: Sequence) -> Verdict:
+            nonlocal left
+            ready = self._adapter_ready(sequence, plan)
+            if ready is not Verdict.ADMITTED:
+                return ready
+            if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                return Verdict.FULL
+            # The whole prompt's blocks at once: half-admitted prompts would only preempt each other.
+            if not self.blocks.can_grow(sequence, sequence.num_tokens):
+                return Verdict.FULL
+            self.blocks.grow(sequence, sequence.num_tokens)
+            if sequence.adapter is not None:
+                self.adapters.acquire(sequence.adapter.generation)
+                sequence.holds_adapter = True
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            count = min(sequence.num_pending, left)
+            plan.scheduled.append(Scheduled(sequence, count))
+            left -= count
+            return Verdict.ADMITTED
+
+        self.waiting.serve(admit)
+
+    def _adapter_ready(self, sequence: Sequence, plan: Plan) -> Verdict:
+        """Bring the adapter nearer even when the step is full: loading overlaps with the others' decode."""
+        if sequence.adapter is None:
+            return Verdict.ADMITTED
+        try:
+            if not self.adapters.prepare(sequence.adapter.generation, sequence.adapter.path):
+                return Verdict.NOT_YET
+        except AdapterError as error:
+            plan.failed.append((sequence, error))
+            sequence.status = Status.FINISHED
+            return Verdict.DROPPED
+        return Verdict.ADMITTED if self.adapters.accepts(sequence.adapter.generation) else Verdict.NOT_YET

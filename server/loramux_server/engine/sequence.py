@@ -1,0 +1,73 @@
+"""One request inside the engine, and what a step does with it. No torch.
+
+`Sequence` is the only request type past the route; the scheduler, the KV cache and the runner all read and write this
+one object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from loramux_server.engine.messages import AdapterRef, FinishReason, SamplingParams
+
+
+class Status(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Token ids of a request and how far the cache has come with them.
+
+    `num_computed` tokens have their keys and values in `blocks`. A preempted sequence goes back to 0 and is
+    recomputed, prompt and output alike, from the tokens it holds.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    output: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish: FinishReason | None = None
+    holds_adapter: bool = False
+
+    @property
+    def generation(self) -> str | None:
+        return None if self.adapter is None else self.adapter.generation
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known but not yet in the cache. 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions start..stop of prompt + output."""
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt[start:stop]
+        if start >= split:
+            return self.output[start - split : stop - split]
+        return self.prompt[start:] + self.output[: stop - split]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """`count` tokens of `sequence`, from position `sequence.num_computed` on, run in this step."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """True if this reaches the last known token, so that the step yields the next one."""
+        return self.count == self.sequence.num_pending

@@ -1,0 +1,80 @@
+"""The waiting line: a queue per adapter, served by deficit round robin. No torch.
+
+Deficit round robin (Shreedhar and Varghese 1995, https://doi.org/10.1145/217382.217453): every round each adapter's
+queue earns `quantum` tokens of prompt and spends what it admits, so that a popular adapter's queue cannot keep a rare
+one's waiting, and long prompts pay their length. The base model is a queue like any other.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from enum import Enum, auto
+
+from loramux_server.engine.sequence import Sequence
+
+
+class Verdict(Enum):
+    """What became of the head of a queue."""
+
+    ADMITTED = auto()
+    DROPPED = auto()  # it failed for good; look at the next one
+    NOT_YET = auto()  # this adapter's queue has to wait for another step
+    FULL = auto()  # nothing more fits into this step
+
+
+class WaitingQueue:
+    def __init__(self, quantum: int) -> None:
+        self._quantum = quantum
+        self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
+        self._deficit: dict[str | None, int] = {}
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def push(self, sequence: Sequence, *, front: bool = False) -> None:
+        queue = self._queues.setdefault(sequence.generation, deque())
+        self._deficit.setdefault(sequence.generation, 0)
+        if front:
+            queue.appendleft(sequence)
+        else:
+            queue.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queues[sequence.generation].remove(sequence)
+        self._forget_if_empty(sequence.generation)
+
+    def serve(self, admit: Callable[[Sequence], Verdict]) -> None:
+        """Offer heads to `admit` in fair order until it says FULL or no queue can go on."""
+        going = list(self._queues)
+        while going:
+            for key in list(going):
+                self._queues.move_to_end(key)  # the next step begins with whoever was not reached in this one
+                verdict = self._serve_one(key, admit)
+                if verdict is Verdict.FULL:
+                    return
+                if verdict is Verdict.NOT_YET or key not in self._queues:
+                    going.remove(key)
+
+    def _serve_one(self, key: str | None, admit: Callable[[Sequence], Verdict]) -> Verdict | None:
+        queue = self._queues[key]
+        self._deficit[key] += self._quantum
+        while queue and queue[0].num_pending <= self._deficit[key]:
+            cost = queue[0].num_pending
+            verdict = admit(queue[0])
+            if verdict in (Verdict.NOT_YET, Verdict.FULL):
+                # Waiting for capacity must not pile up credit.
+                self._deficit[key] = min(self._deficit[key], self._quantum + cost)
+                return verdict
+            queue.popleft()
+            self._deficit[key] -= cost
+        self._forget_if_empty(key)
+        return None
+
+    def _forget_if_empty(self, key: str | None) -> None:
+        if not self._queues[key]:
+            del self._queues[key], self._deficit[key]

@@ -1,0 +1,184 @@
+"""The worker process: one thread owns the device and steps the engine; one message per step goes to the front.
+
+Started by `client.py` as `python -m loramux_server.engine.worker`, with a `WorkerOptions` as JSON on standard input. Ends
+when told to, when its parent is gone, or, with a `Fatal` message first, when the device cannot go on. Signals of the
+terminal are the front's business: it drains before it stops the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import torch
+import zmq
+
+from loramux_adapters.errors import LoramuxError, RequestError
+from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
+from loramux_server.engine.engine import Engine, EngineOptions
+from loramux_server.engine.messages import (
+    COMMAND_DECODER,
+    EVENT_ENCODER,
+    AbortRequest,
+    AddRequest,
+    Event,
+    Fatal,
+    Ready,
+    Shutdown,
+    StepOutput,
+    TokenOutput,
+)
+from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.runner import kv_bytes_per_token
+from loramux_server.engine.scheduler import SchedulerLimits
+from loramux_server.engine.sizing import plan_sizes
+
+logger = logging.getLogger("loramux.worker")
+
+_IDLE_POLL_MS = 1000
+_LOADING_POLL_MS = 2  # everything runnable waits for an adapter that is being read
+
+
+class Worker:
+    """The loop between the socket and the engine."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
+        self.engine = engine
+        self.socket = socket
+        self._refused: list[TokenOutput] = []
+
+    def run(self) -> None:
+        """Until Shutdown."""
+        timeout = 0
+        while self._receive(timeout):
+            if not self.engine.has_work:
+                self._send_refused()
+                timeout = _IDLE_POLL_MS
+                continue
+            output = self.engine.step()
+            output.outputs[:0] = self._refused
+            self._refused = []
+            self._send(output)
+            timeout = 0 if output.stats.batch_tokens else _LOADING_POLL_MS
+
+    def _receive(self, timeout_ms: int) -> bool:
+        """Apply every command that has come; wait up to `timeout_ms` for the first. False on Shutdown."""
+        while self.socket.poll(timeout_ms):
+            command = COMMAND_DECODER.decode(self.socket.recv())
+            match command:
+                case AddRequest():
+                    try:
+                        self.engine.add(command)
+                    except RequestError as error:
+                        refusal = TokenOutput(command.id, [], finish="error", error=error.message, error_code=error.code)
+                        self._refused.append(refusal)
+                case AbortRequest():
+                    self.engine.abort(command.id)
+                case Shutdown():
+                    return False
+            timeout_ms = 0
+        return True
+
+    def _send_refused(self) -> None:
+        if self._refused:
+            self._send(StepOutput(outputs=self._refused, stats=self.engine.stats()))
+            self._refused = []
+
+    def _send(self, event: Event) -> None:
+        self.socket.send(EVENT_ENCODER.encode(event))
+
+
+def describe(base: ResidentBase, options: EngineOptions) -> Ready:
+    return Ready(
+        base_name=base.geometry.name,
+        base_identity=base.geometry.identity,
+        architecture=type(base.model).__name__,
+        max_model_len=options.max_model_len,
+        vocab_size=base.config.vocab_size,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        quantization=base.quantization,
+        eos_token_ids=list(base.eos_token_ids),
+        linear_shapes=dict(base.geometry.linear_shapes),
+        weight_bytes=base.weight_bytes,
+        kv_blocks_total=options.num_blocks,
+        kv_block_size=options.block_size,
+    )
+
+
+def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
+    """Load the base and size the engine. Raises BaseModelError or ConfigError."""
+    if options.seed is not None:
+        random.seed(options.seed)
+        torch.manual_seed(options.seed)
+    base = load_base(
+        LoadOptions(
+            model=options.model,
+            name=options.name,
+            revision=options.revision,
+            device=options.device,
+            dtype=options.dtype,
+            quantization=options.quantization,
+        )
+    )
+    sizes = plan_sizes(options, base, kv_bytes_per_token(base))
+    engine_options = EngineOptions(
+        num_blocks=sizes.num_blocks,
+        block_size=options.block_size,
+        limits=SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens),
+        max_model_len=sizes.max_model_len,
+        max_loras=options.max_loras,
+        max_cpu_loras=options.max_cpu_loras,
+        lora_rows=sizes.lora_rows,
+    )
+    return Engine(base, engine_options), describe(base, engine_options)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """A worker whose front was killed must not keep the device."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main() -> int:
+    options = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerOptions)
+    _exit_with_parent(options.parent_pid)
+    for name in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the front drains first, then says Shutdown
+        signal.signal(name, signal.SIG_IGN)
+    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.connect(options.address)
+    engine: Engine | None = None
+    try:
+        engine, ready = build_engine(options)
+        socket.send(EVENT_ENCODER.encode(ready))
+        Worker(engine, socket).run()
+    except LoramuxError as error:
+        socket.send(EVENT_ENCODER.encode(Fatal(error.message)))
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        # Of a CUDA error nothing on this device can be trusted any more: say so and let the front start another worker.
+        logger.exception("the worker cannot go on")
+        socket.send(EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")))
+        return 1
+    finally:
+        if engine is not None:
+            engine.close()
+        socket.close(linger=2000)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Every Prometheus collector of the server, in a registry of its own.
+
+Promises: a bounded number of series. The `adapter` label is the name of a registered adapter, `_base`, or
+`_other` beyond the first hundred names, and goes when the adapter is deleted. Nothing here is labelled by
+user, path or anything a caller made up. Counting happens in two places: per request (`request`) and per
+engine step (`observe_step`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from loramux_server.engine.messages import EngineStats, StepOutput
+
+BASE = "_base"
+OTHER = "_other"
+MAX_ADAPTER_LABELS = 100
+
+Outcome = Literal["stop", "length", "abort", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "abort", "error")
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ITL_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_ADAPTERS_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """What the server counts. One instance per process (or per test)."""
+
+    def __init__(self, *, max_loras: int) -> None:
+        registry = self.registry = CollectorRegistry()
+        self._labels = _AdapterLabels()
+        self._running = Gauge("loramux_num_requests_running", "Sequences in the batch", registry=registry)
+        self._waiting = Gauge("loramux_num_requests_waiting", "Sequences in the queue", registry=registry)
+        self._kv_cache = Gauge("loramux_kv_cache_usage_perc", "KV blocks in use, 0 to 1", registry=registry)
+        self._prompt = _counter(registry, "prompt_tokens", "Prompt tokens accepted", "adapter")
+        self._generated = _counter(registry, "generation_tokens", "Tokens generated", "adapter")
+        self._success = _counter(
+            registry, "request_success", "Sequences that ended, by how", "adapter", "finished_reason"
+        )
+        self._errors = _counter(registry, "request_errors", "HTTP requests answered with an error", "code")
+        self._ttft = _histogram(
+            registry, "time_to_first_token_seconds", "From submission to the first token", _TTFT_BUCKETS
+        )
+        self._itl = _histogram(
+            registry, "inter_token_latency_seconds", "Between two outputs of a sequence", _ITL_BUCKETS
+        )
+        self._e2e = _histogram(
+            registry, "e2e_request_latency_seconds", "From submission to the last token", _E2E_BUCKETS
+        )
+        self._loads = _counter(registry, "adapter_loads", "Adapters moved to a tier", "tier", "result")
+        self._load_seconds = _histogram(
+            registry, "adapter_load_seconds", "How long moving one took", _LOAD_BUCKETS, "tier"
+        )
+        self._rejected = _counter(registry, "adapters_rejected", "Adapters that did not pass the gate")
+        self._batch_size = _histogram(registry, "batch_size", "Tokens in a step", _BATCH_BUCKETS)
+        self._batch_adapters = _histogram(
+            registry, "batch_adapters", "Distinct adapters in a step", _ADAPTERS_BUCKETS
+        )
+        self._preemptions = _counter(registry, "preemptions", "Sequences put back for lack of KV blocks")
+        self._preemptions_seen = 0
+        self._in_flight = _InFlight(max_loras)
+        registry.register(self._in_flight)
+
+    def describe(self, *, version: str, base: str, quantization: str, dtype: str) -> None:
+        """Set the info series, once the base is known."""
+        for name, labels in (
+            ("build", {"version": version}),
+            ("model", {"base": base, "quantization": quantization, "dtype": dtype}),
+        ):
+            gauge = Gauge(
+                f"loramux_{name}_info", f"Constant 1; what this {name} is", labels, registry=self.registry
+            )
+            gauge.labels(**labels).set(1)
+
+    @contextmanager
+    def request(self, adapter: str | None, prompt_tokens: int) -> Iterator[TrackedSequence]:
+        """Count one sequence from its submission to its end, however it ends. None is the base."""
+        label = BASE if adapter is None else self._labels.of(adapter)
+        self._prompt.labels(label).inc(prompt_tokens)
+        tracked = TrackedSequence(self, label)
+        self._in_flight.waiting[label] += 1
+        outcome: Outcome = "abort"
+        try:
+            yield tracked
+        except Exception:
+            outcome = "error"
+            raise
+        finally:
+            stage = self._in_flight.running if tracked.has_begun else self._in_flight.waiting
+            stage[label] -= 1
+            self._success.labels(label, tracked.outcome or outcome).inc()
+
+    def request_failed(self, code: str) -> None:
+        """An HTTP request was answered with an error. `code` comes from our own closed set."""
+        self._errors.labels(code).inc()
+
+    def adapter_rejected(self) -> None:
+        self._rejected.inc()
+
+    def adapter_deleted(self, name: str) -> None:
+        """Drop the series of an adapter that no longer exists."""
+        if not self._labels.forget(name):
+            return
+        for counter in (self._prompt, self._generated):
+            counter.remove(name)
+        for outcome in OUTCOMES:
+            self._success.remove(name, outcome)
+
+    def observe_step(self, step: StepOutput) -> None:
+        """A listener of the engine."""
+        self._observe_stats(step.stats)
+        for load in step.loads:
+            self._loads.labels(load.tier, "ok" if load.ok else "failed").inc()
+            if load.ok:
+                self._load_seconds.labels(load.tier).observe(load.seconds)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its media type."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self.registry), media_type
+
+    def _observe_stats(self, stats: EngineStats) -> None:
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_cache.set(stats.kv_blocks_used / max(stats.kv_blocks_total, 1))
+        if stats.batch_tokens:
+            self._batch_size.observe(stats.batch_tokens)
+            self._batch_adapters.observe(stats.batch_adapters)
+        # The engine counts from its own start; after a restart of the worker it begins at zero again.
+        seen, self._preemptions_seen = self._preemptions_seen, stats.preemptions
+        self._preemptions.inc(stats.preemptions - (seen if stats.preemptions >= seen else 0))
+
+
+class TrackedSequence:
+    """One sequence being generated."""
+
+    def __init__(self, metrics: Metrics, label: str) -> None:
+        self._metrics = metrics
+        self._label = label
+        # Held, so that an adapter deleted meanwhile does not get its series back.
+        self._generated = metrics._generated.labels(label)
+        self._began = self._latest = time.perf_counter()
+        self.has_begun = False
+        self.outcome: Outcome | None = None
+
+    def tokens(self, count: int) -> None:
+        """The engine gave `count` more tokens."""
+        now = time.perf_counter()
+        self._generated.inc(count)
+        if self.has_begun:
+            self._metrics._itl.observe(now - self._latest)
+        else:
+            self.has_begun = True
+            self._metrics._ttft.observe(now - self._began)
+            self._metrics._in_flight.waiting[self._label] -= 1
+            self._metrics._in_flight.running[self._label] += 1
+        self._latest = now
+
+    def finished(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._metrics._e2e.observe(time.perf_counter() - self._began)
+
+
+class _AdapterLabels:
+    """Which adapters have a label of their own."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def of(self, name: str) -> str:
+        if name not in self._names and len(self._names) < MAX_ADAPTER_LABELS:
+            self._names.add(name)
+        return name if name in self._names else OTHER
+
+    def forget(self, name: str) -> bool:
+        known = name in self._names
+        self._names.discard(name)
+        return known
+
+
+class _InFlight(Collector):
+    """vLLM's `lora_requests_info`, which routers read: one series, its value the time. Always the same number of
+    series, where a labelled gauge would leave one behind for every combination."""
+
+    def __init__(self, max_loras: int) -> None:
+        self._max_loras = max_loras
+        self.running: Tally[str] = Tally()
+        self.waiting: Tally[str] = Tally()
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(
+            "loramux_lora_requests_info",
+            "Adapters of the running and of the waiting requests; the value is the time",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        names = [_names(self.running), _names(self.waiting)]
+        family.add_metric([str(self._max_loras), *names], time.time())
+        yield family
+
+
+def _names(tally: Tally[str]) -> str:
+    return ",".join(sorted(name for name, count in tally.items() if count > 0 and name not in (BASE, OTHER)))
+
+
+def _counter(registry: CollectorRegistry, name: str, help_text: str, *labels: str) -> Counter:
+    return Counter(f"loramux_{name}_total", help_text, labels, registry=registry)
+
+
+def _histogram(
+    registry: CollectorRegistry, name: str, help_text: str, buckets: tuple[float, ...], *labels: str
+) -> Histogram:
+    return Histogram(f"loramux_{name}", help_text, labels, buckets=buckets, registry=registry)
