@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from loramux_adapters.errors import AdapterError, AdapterUnavailable
+from loramux_adapters.kernels import zeros_on_demand
 from loramux_adapters.layers import AdapterBatch, Factors, MultiLoraLinear
 from loramux_adapters.residency import DeviceTier, Slot
 from loramux_adapters.weights import LoraWeights
@@ -62,7 +63,9 @@ class HostCopy:
             b_view.copy_(b.float().mul_(weights.spec.scaling(name)).t())
             factors[name] = (a_view, b_view)
         if not bool(torch.isfinite(block).all()):
-            raise AdapterUnavailable(f"the adapter's weights overflow {dtype}; train or save it with a smaller scale")
+            raise AdapterUnavailable(
+                f"the adapter's weights overflow {dtype}; train or save it with a smaller scale"
+            )
         return cls(rows=max(a.shape[0] for a, _ in factors.values()), block=block, factors=factors)
 
     @property
@@ -92,8 +95,12 @@ class AdapterBank:
         self.events: list[LoadEvent] = []
         self._batch = batch
         self._read = read
-        self._pool_a = {n: torch.zeros(tier.rows, m.in_features, dtype=dtype, device=device) for n, m in layers.items()}
-        self._pool_b = {n: torch.zeros(tier.rows, m.out_features, dtype=dtype, device=device) for n, m in layers.items()}
+        self._pool_a = {
+            n: zeros_on_demand((tier.rows, m.in_features), dtype, device) for n, m in layers.items()
+        }
+        self._pool_b = {
+            n: zeros_on_demand((tier.rows, m.out_features), dtype, device) for n, m in layers.items()
+        }
         self._host: OrderedDict[str, HostCopy] = OrderedDict()
         self._targets: dict[str, frozenset[str]] = {}
         self._moves: dict[str, Future[HostCopy | None]] = {}
@@ -237,7 +244,9 @@ class AdapterBank:
         if not names:
             self._batch.factors, self._batch.foreign = {}, None
             return
-        slots = sorted((self.tier.slots[name] for name in names if name is not None), key=lambda slot: slot.offset)
+        slots = sorted(
+            (self.tier.slots[name] for name in names if name is not None), key=lambda slot: slot.offset
+        )
         self._activate(slots)
         self._batch.factors = self._active_factors
         if len(names) == 1 and None not in rows:

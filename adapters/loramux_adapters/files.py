@@ -11,9 +11,19 @@ import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
+
+from loramux_adapters.errors import StorageError
+
+CHUNK = 1024 * 1024
 
 Chunk = bytes | bytearray | memoryview
+
+
+class Readable(Protocol):
+    """Anything with `read(size)`, which gives b"" at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BinaryIO:
@@ -35,6 +45,29 @@ def read_into(file: BinaryIO, buffer: memoryview) -> int:
             break
         done += count
     return done
+
+
+def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
+    """Copy a stream to a new file, not yet durable; False as soon as it is longer than `limit`.
+
+    Errors of the source pass through; those of the target are StorageError, because they are not its fault.
+    """
+    copied = 0
+    try:
+        writer = open(target, "xb")  # noqa: SIM115 (closed below, apart from the source's errors)
+    except OSError as error:
+        raise StorageError(f"a file cannot be created: {error.strerror}") from error
+    with writer:
+        while chunk := source.read(CHUNK):
+            copied += len(chunk)
+            if copied > limit:
+                return False
+            try:
+                writer.write(chunk)
+                writer.flush()
+            except OSError as error:
+                raise StorageError(f"a file cannot be written: {error.strerror}") from error
+    return True
 
 
 def write_file(path: Path, chunks: Iterable[Chunk]) -> None:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from loramux_adapters.adapter_files import CONFIG_FILE, PICKLE_ADVICE, WEIGHTS_FILE, GateLimits
 from loramux_adapters.config_fields import shown
 from loramux_adapters.errors import Fault, InvalidAdapter
 from loramux_adapters.files import open_regular, read_into
 from loramux_adapters.safetensors_header import MalformedHeader, TensorEntry, read_header, strict_json
-from loramux_adapters.spec import MAX_RANK, AdapterSpec, BaseGeometry
+from loramux_adapters.spec import AdapterSpec, BaseGeometry
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_FAULTS = 50  # of one file; a foreign adapter has hundreds of wrong tensors and one cause
 
@@ -34,20 +32,6 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B)(?:\.default
 
 Slot = tuple[str, str]  # (full module name, "lora_A" or "lora_B")
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class GateLimits:
-    """What an adapter may cost before it is refused unread."""
-
-    max_rank: int = MAX_RANK
-    max_config_bytes: int = 256 * 1024
-    max_header_bytes: int = 1024 * 1024
-    max_tensors: int = 8192
-    max_file_bytes: int = 2 * 1024**3
-
-
-DEFAULT_LIMITS = GateLimits()
 
 
 def read_adapter(
@@ -138,7 +122,7 @@ def _read_tensors(
     except FileNotFoundError as error:
         problem = _reason(error)
         if path.with_name("adapter_model.bin").exists():
-            problem += ", and adapter_model.bin is never read because it is a pickle: save as safetensors"
+            problem += f", and adapter_model.bin does not count, {PICKLE_ADVICE}"
         faults.append(Fault(WEIGHTS_FILE, problem))
     except OSError as error:
         faults.append(Fault(WEIGHTS_FILE, _reason(error)))

@@ -9,6 +9,9 @@ fails. Does not know what NF4 or LoRA is.
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -32,6 +35,19 @@ def prepacking_available() -> bool:
         return bool(torch.allclose(y.float(), F.linear(x, weight).float(), rtol=2e-2, atol=2e-1))
     except (RuntimeError, AttributeError, TypeError):
         return False
+
+
+def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory, on the CPU, the operating system commits page by page as it is first written.
+
+    `torch.zeros` writes every page at once, so a pool sized for the worst case would cost its full size from the start.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape)
+    return torch.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(
+        *shape
+    )
 
 
 class DenseKernel:

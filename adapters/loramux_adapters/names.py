@@ -20,8 +20,8 @@ def check_name(name: str, reserved: Collection[str] = ()) -> str:
     """The name itself, if an adapter may have it."""
     if not _NAME.fullmatch(name) or len(name) > MAX_NAME or any(_bad(part) for part in name.split("/")):
         raise RequestError(
-            f"name: {name[: MAX_NAME + 1]!a} is not an adapter name: 1 to {MAX_NAME} letters, digits and ._:/- "
-            "beginning with a letter or digit, and no part between slashes empty or beginning with a dot",
+            f"name: {name[: MAX_NAME + 1]!a} is not an adapter name: 1 to {MAX_NAME} letters, digits "
+            "and ._:/-, beginning with a letter or digit, no part between slashes empty or begun by a dot",
             param="name",
             code="invalid_name",
         )
@@ -31,7 +31,7 @@ def check_name(name: str, reserved: Collection[str] = ()) -> str:
 
 
 def split_pin(model: str) -> tuple[str, str | None]:
-    """'name@1a2b3c4d' -> ('name', '1a2b3c4d'); a name alone has no pin, a malformed pin stays in it."""
+    """'name@1a2b3c4d' -> ('name', '1a2b3c4d'); a malformed pin stays in the name."""
     name, at, pin = model.rpartition("@")
     return (name, pin) if at and _PIN.fullmatch(pin) else (model, None)
 

@@ -89,7 +89,7 @@ class NF4Weight:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a contiguous tensor, without a copy when it is on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 def base_identity(weights: Iterable[tuple[str, NF4Weight | torch.Tensor]]) -> str:
@@ -130,7 +130,8 @@ class NF4Linear(torch.nn.Linear):
         self.quantized = quantized
         self.compute_dtype = dtype
         self.weight = torch.nn.Parameter(quantized.packed, requires_grad=False)
-        self.bias = None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        fixed_bias = None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        self.register_parameter("bias", fixed_bias)
         self._kernel = DenseKernel(quantized.dequantize(dtype)) if keep_dense else None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -159,7 +160,7 @@ class NF4Linear(torch.nn.Linear):
 
 def bnb_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> Any:
     """bitsandbytes' 4-bit matmul on CUDA: fused kernels for few rows, dequantize + cuBLAS above."""
-    from bitsandbytes import matmul_4bit
+    from bitsandbytes.autograd._functions import matmul_4bit
 
     return matmul_4bit(x, weight.packed.t(), quant_state=weight.state, bias=bias)
 

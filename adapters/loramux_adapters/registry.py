@@ -81,6 +81,10 @@ class AdapterRegistry:
         with self._writing:
             self._database.close()
 
+    def check_name(self, name: str) -> str:
+        """The name itself, if an adapter may have it; whether it is taken is another question."""
+        return check_name(name, self._reserved)
+
     def put(
         self,
         name: str,
@@ -99,7 +103,7 @@ class AdapterRegistry:
 
         Without `overwrite` a taken name is a conflict, unless it means this very generation already.
         """
-        check_name(name, self._reserved)
+        self.check_name(name)
         with self._writing:
             if generation not in self.store:
                 raise StorageError(f"generation {generation[:12]} is not in the adapter store")

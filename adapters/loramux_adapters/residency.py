@@ -99,7 +99,9 @@ class DeviceTier:
                 f"an adapter of rank {rows} does not fit the {self.rows} rank rows of the device; raise --max-lora-rank"
             )
         since, _ = self._waiting.get(generation, (self.tick, 0))
-        reason: Literal["capacity", "fairness"] = "fairness" if self.tick - since >= self.patience else "capacity"
+        reason: Literal["capacity", "fairness"] = (
+            "fairness" if self.tick - since >= self.patience else "capacity"
+        )
         while True:
             if len(self.slots) < self.max_loras:
                 offset = self._pool.allocate(rows)
@@ -127,7 +129,9 @@ class DeviceTier:
         if self.tick - since < self.patience:
             return
         closed = [slot for slot in self.slots.values() if slot.closed_until > self.tick]
-        candidates = closed or [s for s in self.slots.values() if not s.pinned and s.admitted >= self.min_admitted]
+        candidates = closed or [
+            s for s in self.slots.values() if not s.pinned and s.admitted >= self.min_admitted
+        ]
         if candidates:
             max(candidates, key=lambda slot: slot.admitted).closed_until = self.tick + self.patience
 

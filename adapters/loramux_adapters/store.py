@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loramux_adapters.adapter_files import DEFAULT_LIMITS
 from loramux_adapters.errors import InvalidAdapter, StorageError
 from loramux_adapters.files import fsync_directory, write_file
 
@@ -69,15 +70,17 @@ class GenerationStore:
     def publish(self, weights: LoraWeights, info: Mapping[str, object] | None = None) -> str:
         """Store the weights and return their generation; storing the same content again changes nothing."""
         generation = weights.generation
-        final = self._directory(generation)
+        staged = self._partial / uuid.uuid4().hex
         try:
             with self._locked(exclusive=False):
                 if not self._renew(generation):
-                    staged = self._stage(weights, info or {})
+                    self._stage(staged, weights, info or {})
                     with self._lock:
-                        self._install(staged, final)
+                        self._install(staged, self._directory(generation))
         except OSError as error:
             raise StorageError(f"generation {generation[:12]} cannot be stored: {error.strerror}") from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
         return generation
 
     def path(self, generation: str) -> Path:
@@ -114,7 +117,7 @@ class GenerationStore:
 
     def verify(self, generation: str) -> None:
         """Read the whole generation back and compare its hash; StorageError if that is not its name."""
-        from loramux_adapters.gate import DEFAULT_LIMITS, smallest_geometry
+        from loramux_adapters.gate import smallest_geometry
         from loramux_adapters.weights import LoraWeights
 
         directory = self.path(generation)
@@ -175,8 +178,7 @@ class GenerationStore:
             os.utime(self._directory(generation))
             return True
 
-    def _stage(self, weights: LoraWeights, info: Mapping[str, object]) -> Path:
-        staged = self._partial / uuid.uuid4().hex
+    def _stage(self, staged: Path, weights: LoraWeights, info: Mapping[str, object]) -> None:
         staged.mkdir()
         weights.write(staged)
         manifest = Manifest(
@@ -195,7 +197,6 @@ class GenerationStore:
         for entry in staged.iterdir():
             entry.chmod(0o444)
         fsync_directory(staged)
-        return staged
 
     def _install(self, staged: Path, final: Path) -> None:
         final.parent.mkdir(exist_ok=True)
@@ -205,9 +206,8 @@ class GenerationStore:
         try:
             staged.rename(final)
         except OSError:
-            if final.name not in self:
+            if final.name not in self:  # else another process published the same content first
                 raise
-            shutil.rmtree(staged)  # another process published the same content first
         fsync_directory(final.parent)
 
     @contextmanager

@@ -15,18 +15,9 @@ from pathlib import Path
 
 import torch
 
+from loramux_adapters.adapter_files import CONFIG_FILE, DEFAULT_LIMITS, WEIGHTS_FILE, GateLimits
 from loramux_adapters.files import replace_file
-from loramux_adapters.gate import (
-    CONFIG_FILE,
-    DEFAULT_LIMITS,
-    DTYPES,
-    PREFIX,
-    WEIGHTS_FILE,
-    GateLimits,
-    Pair,
-    read_adapter,
-    tensor_bytes,
-)
+from loramux_adapters.gate import DTYPES, PREFIX, Pair, read_adapter, tensor_bytes
 from loramux_adapters.safetensors_header import encode_header
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
 

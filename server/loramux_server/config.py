@@ -34,7 +34,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_bytes(value: object) -> object:
-    """"4GiB", "512MB" or a plain number of bytes."""
+    """ "4GiB", "512MB" or a plain number of bytes."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
@@ -70,37 +70,55 @@ class ServeConfig(BaseSettings):
     model: CliPositionalArg[str] = Field(
         description="directory or hub id of the base model; 'demo' is the embedded SmolLM2-135M-Instruct"
     )
-    config: Path | None = Field(None, description="TOML file with these settings, dashes written as underscores")
+    config: Path | None = Field(
+        None, description="TOML file with these settings, dashes written as underscores"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    served_model_name: list[str] = Field([], description="name(s) of the base in the API; default: MODEL's own")
-    chat_template: Path | None = Field(None, description="Jinja file used instead of the tokenizer's chat template")
+    served_model_name: list[str] = Field(
+        [], description="name(s) of the base in the API; default: MODEL's own"
+    )
+    chat_template: Path | None = Field(
+        None, description="Jinja file used instead of the tokenizer's chat template"
+    )
     max_body_size: Bytes = Field(32 * 2**20, ge=1024, description="largest request body, such as 32MiB")
     grace: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
 
     revision: str | None = Field(None, description="hub revision of the base: branch, tag or commit")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: str = Field("auto", description="compute type: auto, bfloat16, float16 or float32")
-    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4 (4-bit, double quantization) or none")
-    max_model_len: int | None = Field(None, ge=32, description="longest prompt plus answer in tokens; default: the model's")
-    seed: int | None = Field(None, description="seed of requests that bring none")
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="nf4 (4-bit, double quantization) or none"
+    )
+    max_model_len: int | None = Field(
+        None, ge=32, description="longest prompt plus answer in tokens; default: the model's"
+    )
+    seed: int | None = Field(None, description="seed of the random draws of requests that bring none")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
 
     max_num_seqs: int = Field(64, ge=1, le=1024, description="requests that run at once")
     max_num_batched_tokens: int = Field(512, ge=16, description="tokens computed per step, prompts included")
     max_queued: int = Field(1024, ge=1, description="requests accepted at once, waiting ones included")
-    kv_cache_memory: Bytes | None = Field(None, ge=2**20, description="KV cache size, such as 4GiB; default: what is free")
-    gpu_memory_utilization: float = Field(0.9, gt=0.1, le=0.99, description="share of the GPU's memory to use")
+    kv_cache_memory: Bytes | None = Field(
+        None, ge=2**20, description="KV cache size, such as 4GiB; default: what is free"
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0.1, le=0.99, description="share of the GPU's memory to use"
+    )
     block_size: int = Field(16, ge=8, le=256, description="tokens per KV block")
 
     enable_lora: bool = Field(True, description="accepted for familiarity; adapters are always served")
-    adapter_dir: list[Path] = Field([], description="folder of adapter folders, scanned at start and on change")
+    adapter_dir: list[Path] = Field(
+        [], description="folder of adapter folders, scanned at start and on change"
+    )
     lora_modules: list[str] = Field([], description="name=path of an adapter to serve; may repeat")
     max_loras: int = Field(8, ge=1, le=1024, description="adapters resident on the device at once")
     max_lora_rank: int = Field(64, ge=1, le=512, description="largest adapter rank")
     max_cpu_loras: int = Field(64, ge=1, description="adapters kept in host memory")
-    demo_adapters: bool | None = Field(None, description="serve the shipped demo adapters; default: with 'demo' only")
+    demo_adapters: bool | None = Field(
+        None, description="serve the shipped demo adapters; default: with 'demo' only"
+    )
 
     data_dir: Path = Field(default_data_dir(), description="where everything that must last is kept")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
@@ -108,9 +126,13 @@ class ServeConfig(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.enable_lora:
-            raise ValueError("enable_lora: cannot be turned off; without adapters nothing is computed for them")
+            raise ValueError(
+                "enable_lora: cannot be turned off; without adapters nothing is computed for them"
+            )
         if self.max_num_seqs > self.max_num_batched_tokens:
-            raise ValueError("max_num_batched_tokens: must be at least max_num_seqs, one token per running request")
+            raise ValueError(
+                "max_num_batched_tokens: must be at least max_num_seqs, one token per running request"
+            )
         for entry in self.lora_modules:
             name, separator, path = entry.partition("=")
             if not (name and separator and path):
@@ -163,15 +185,17 @@ def _refuse_unknown_variables() -> None:
     known = {f"LORAMUX_{name.upper()}" for name in ServeConfig.model_fields} | _OTHER_VARIABLES
     for variable in os.environ:
         if variable.startswith("LORAMUX_") and variable not in known:
-            raise ConfigError(f"{variable} is not a setting of loramux; see loramux serve --help", param=variable)
+            raise ConfigError(
+                f"{variable} is not a setting of loramux; see loramux serve --help", param=variable
+            )
 
 
 def _expand_lists(arguments: Sequence[str]) -> list[str]:
     """`--lora-modules a=x b=y`, as vLLM takes it, to one flag per value."""
     expanded: list[str] = []
     in_list = False
-    for argument in arguments:
-        if argument == "--lora-modules":
+    for position, argument in enumerate(arguments):
+        if argument == "--lora-modules" and "=" in "".join(arguments[position + 1 : position + 2]):
             in_list = True
             continue
         in_list = in_list and "=" in argument and not argument.startswith("-")

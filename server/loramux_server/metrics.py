@@ -9,7 +9,6 @@ engine step (`observe_step`).
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -71,37 +70,42 @@ class Metrics:
         )
         self._preemptions = _counter(registry, "preemptions", "Sequences put back for lack of KV blocks")
         self._preemptions_seen = 0
+        self._build_info = Gauge(
+            "loramux_build_info", "Constant 1; which loramux this is", ["version"], registry=registry
+        )
+        self._model_info = Gauge(
+            "loramux_model_info",
+            "Constant 1; which base is resident",
+            ["base", "quantization", "dtype"],
+            registry=registry,
+        )
         self._in_flight = _InFlight(max_loras)
         registry.register(self._in_flight)
 
     def describe(self, *, version: str, base: str, quantization: str, dtype: str) -> None:
         """Set the info series, once the base is known."""
-        for name, labels in (
-            ("build", {"version": version}),
-            ("model", {"base": base, "quantization": quantization, "dtype": dtype}),
+        for gauge, values in (
+            (self._build_info, (version,)),
+            (self._model_info, (base, quantization, dtype)),
         ):
-            gauge = Gauge(
-                f"loramux_{name}_info", f"Constant 1; what this {name} is", labels, registry=self.registry
-            )
-            gauge.labels(**labels).set(1)
+            gauge.clear()
+            gauge.labels(*values).set(1)
 
     @contextmanager
     def request(self, adapter: str | None, prompt_tokens: int) -> Iterator[TrackedSequence]:
         """Count one sequence from its submission to its end, however it ends. None is the base."""
         label = BASE if adapter is None else self._labels.of(adapter)
         self._prompt.labels(label).inc(prompt_tokens)
-        tracked = TrackedSequence(self, label)
-        self._in_flight.waiting[label] += 1
+        tracked = TrackedSequence(self, adapter, label)
         outcome: Outcome = "abort"
         try:
-            yield tracked
+            with self._in_flight.counted(tracked):
+                yield tracked
         except Exception:
             outcome = "error"
             raise
         finally:
-            stage = self._in_flight.running if tracked.has_begun else self._in_flight.waiting
-            stage[label] -= 1
-            self._success.labels(label, tracked.outcome or outcome).inc()
+            tracked.ended(outcome)
 
     def request_failed(self, code: str) -> None:
         """An HTTP request was answered with an error. `code` comes from our own closed set."""
@@ -147,14 +151,19 @@ class Metrics:
 class TrackedSequence:
     """One sequence being generated."""
 
-    def __init__(self, metrics: Metrics, label: str) -> None:
-        self._metrics = metrics
-        self._label = label
-        # Held, so that an adapter deleted meanwhile does not get its series back.
-        self._generated = metrics._generated.labels(label)
-        self._began = self._latest = time.perf_counter()
+    def __init__(self, metrics: Metrics, adapter: str | None, label: str) -> None:
+        self.adapter = adapter
         self.has_begun = False
-        self.outcome: Outcome | None = None
+        self._metrics = metrics
+        # Children are held, so that an adapter deleted meanwhile does not get its series back.
+        self._generated = metrics._generated.labels(label)
+        self._outcomes = {outcome: metrics._success.labels(label, outcome) for outcome in OUTCOMES}
+        self._began = self._latest = time.perf_counter()
+        self._finish: Outcome | None = None
+
+    @property
+    def has_finished(self) -> bool:
+        return self._finish is not None
 
     def tokens(self, count: int) -> None:
         """The engine gave `count` more tokens."""
@@ -165,13 +174,16 @@ class TrackedSequence:
         else:
             self.has_begun = True
             self._metrics._ttft.observe(now - self._began)
-            self._metrics._in_flight.waiting[self._label] -= 1
-            self._metrics._in_flight.running[self._label] += 1
         self._latest = now
 
     def finished(self, outcome: Outcome) -> None:
-        self.outcome = outcome
+        """The last token came."""
+        self._finish = outcome
         self._metrics._e2e.observe(time.perf_counter() - self._began)
+
+    def ended(self, otherwise: Outcome) -> None:
+        """Nothing more will come, whether it finished or not."""
+        self._outcomes[self._finish or otherwise].inc()
 
 
 class _AdapterLabels:
@@ -192,13 +204,22 @@ class _AdapterLabels:
 
 
 class _InFlight(Collector):
-    """vLLM's `lora_requests_info`, which routers read: one series, its value the time. Always the same number of
-    series, where a labelled gauge would leave one behind for every combination."""
+    """vLLM's `lora_requests_info`, which routers read: one series whose value is the time.
+
+    A labelled gauge would leave a series behind for every combination of names.
+    """
 
     def __init__(self, max_loras: int) -> None:
         self._max_loras = max_loras
-        self.running: Tally[str] = Tally()
-        self.waiting: Tally[str] = Tally()
+        self._sequences: set[TrackedSequence] = set()
+
+    @contextmanager
+    def counted(self, sequence: TrackedSequence) -> Iterator[None]:
+        self._sequences.add(sequence)
+        try:
+            yield
+        finally:
+            self._sequences.remove(sequence)
 
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(
@@ -206,13 +227,14 @@ class _InFlight(Collector):
             "Adapters of the running and of the waiting requests; the value is the time",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        names = [_names(self.running), _names(self.waiting)]
+        names = [self._adapters(has_begun) for has_begun in (True, False)]
         family.add_metric([str(self._max_loras), *names], time.time())
         yield family
 
-
-def _names(tally: Tally[str]) -> str:
-    return ",".join(sorted(name for name, count in tally.items() if count > 0 and name not in (BASE, OTHER)))
+    def _adapters(self, has_begun: bool) -> str:
+        return ",".join(
+            sorted({one.adapter for one in self._sequences if one.adapter and one.has_begun == has_begun})
+        )
 
 
 def _counter(registry: CollectorRegistry, name: str, help_text: str, *labels: str) -> Counter:

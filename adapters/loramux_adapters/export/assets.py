@@ -1,9 +1,10 @@
 """Everything of a model directory that is not weights: config, tokenizer, chat template, licence.
 
-The base's own files are copied, not re-saved by a library, and only what older readers misread is added: transformers
-4.x takes rotary settings from the top level and silently uses its default when they stand only in `rope_parameters`;
-it knows no tokenizer class called TokenizersBackend and no list of `extra_special_tokens`. Promises: transformers 4.57
-and 5.x read the same model from what is written. Does not touch the base directory.
+The base's own files are copied, not re-saved by a library, and only what older readers misread is added:
+transformers 4.x takes rotary settings from the top level and silently uses its default when they stand only
+in `rope_parameters`; it knows no tokenizer class called TokenizersBackend and no list of
+`extra_special_tokens`. Promises: transformers 4.57 and 5.x read the same model from what is written. Does not
+touch the base directory.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from loramux_adapters.export.checkpoint import INDEX_FILE, read_json, write_json
+from loramux_adapters.export.checkpoint import read_json, write_json
 from loramux_adapters.export.options import Format
 from loramux_adapters.export.plan import ExportPlan
 from loramux_adapters.export.quantized import quantization_config
@@ -25,19 +24,30 @@ CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
-_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_CARRIED_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+_CARRIED_SUFFIXES = (".jinja", ".model", ".py", ".tiktoken")
 _CARRIED_NAMES = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].*)?", re.IGNORECASE)
-_REWRITTEN = {CONFIG, TOKENIZER_CONFIG, INDEX_FILE, "merge_report.json", "pytorch_model.bin.index.json"}
 _MAX_CARRIED_BYTES = 256 * 2**20
 
 
 def carried_files(base: Path) -> Iterator[Path]:
     """The files of the base that are copied unchanged: tokenizer, template, generation config, code, licence."""
     for path in sorted(base.iterdir()):
-        if not path.is_file() or path.name in _REWRITTEN or path.name.startswith((".", "adapter_")):
+        wanted = path.name in _CARRIED_FILES or path.suffix in _CARRIED_SUFFIXES
+        if not (wanted or _CARRIED_NAMES.fullmatch(path.name)) or path.name.startswith("."):
             continue
-        wanted = path.suffix in _CARRIED_SUFFIXES or _CARRIED_NAMES.fullmatch(path.name)
-        if wanted and path.stat().st_size <= _MAX_CARRIED_BYTES:
+        if path.is_file() and path.stat().st_size <= _MAX_CARRIED_BYTES:
             yield path
 
 
@@ -59,15 +69,17 @@ def write_assets(directory: Path, plan: ExportPlan) -> None:
 
 
 def portable_config(raw: Mapping[str, Any], plan: ExportPlan) -> dict[str, Any]:
-    """The base's config.json with the export's dtype and quantization, and with rotary fields in both spellings."""
+    """The base's config.json with the export's dtype and quantization, and with rotary fields in both
+    spellings.
+    """
     config = {key: value for key, value in raw.items() if key not in _QUANTIZATION_KEYS}
     name = str(plan.output_dtype).removeprefix("torch.")
     config["torch_dtype"] = config["dtype"] = name
-    config["tie_word_embeddings"] = bool(plan.skeleton.tied)
+    config["tie_word_embeddings"] = bool(getattr(plan.skeleton.config, "tie_word_embeddings", False))
     config |= rope_fields(raw, plan.skeleton.config)
     if plan.options.format is Format.NF4:
         config["quantization_config"] = raw.get("quantization_config") or quantization_config(
-            plan.skeleton.dtype if plan.skeleton.dtype != torch.float32 else torch.float32
+            plan.skeleton.dtype
         )
     return config
 
@@ -75,7 +87,8 @@ def portable_config(raw: Mapping[str, Any], plan: ExportPlan) -> dict[str, Any]:
 def rope_fields(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """`rope_parameters` for transformers 5, `rope_theta`, `rope_scaling` and `partial_rotary_factor` for 4.x.
 
-    `config` is the parsed config: transformers has filled in the model's defaults. Fields the base wrote itself win.
+    `config` is the parsed config: transformers has filled in the model's defaults. Fields the base wrote
+    itself win.
     """
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or not parameters:

@@ -1,8 +1,8 @@
 """A base checkpoint on disk: safetensors headers first, tensor bytes when asked.
 
-Promises: opening reads headers only, and finds every fault of the files (missing or truncated shards, tensors the
-index promises and no shard holds) before any weight is read; data is read, not mapped, so that memory use is what
-is held and a file that shrinks is an error, not a crash. Does not know what the tensors mean.
+Promises: opening reads headers only, and finds every fault of the files (missing or truncated shards, tensors
+the index promises and no shard holds) before any weight is read; data is read, not mapped, so that memory use
+is what is held and a file that shrinks is an error, not a crash. Does not know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.files import open_regular, read_into
+from loramux_adapters.nf4 import tensor_bytes
 from loramux_adapters.safetensors_header import (
     ITEM_BYTES,
     MalformedHeader,
@@ -84,7 +85,8 @@ class Checkpoint:
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
             raise BaseModelError(
-                f"the base lacks {len(missing)} of its {len(files)} weight files: {_listed(missing)}; download it "
+                f"the base lacks {len(missing)} of its {len(files)} weight files: {_listed(missing)}; "
+                "download it "
                 "again",
                 param="model",
             )
@@ -116,19 +118,19 @@ class Checkpoint:
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
         if stored.num_bytes:
-            self._fill(stored, 0, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            self._fill(stored, 0, tensor_bytes(tensor))
         return tensor
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """The tensor as flat pieces of at most CHUNK_BYTES, in its stored dtype; each is the caller's to keep."""
+        """The tensor as flat pieces of at most CHUNK_BYTES, in its stored dtype; each is the caller's to
+        keep.
+        """
         stored = self.tensors[name]
         dtype = TORCH_DTYPES[stored.dtype]
         step = CHUNK_BYTES // ITEM_BYTES[stored.dtype]
         for first in range(0, stored.numel, step):
             piece = torch.empty(min(step, stored.numel - first), dtype=dtype)
-            self._fill(
-                stored, first * ITEM_BYTES[stored.dtype], memoryview(piece.view(torch.uint8).numpy())
-            )
+            self._fill(stored, first * ITEM_BYTES[stored.dtype], tensor_bytes(piece))
             yield piece
 
     def _fill(self, stored: StoredTensor, offset: int, buffer: memoryview) -> None:

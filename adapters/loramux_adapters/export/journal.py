@@ -1,17 +1,17 @@
 """What of an export is already on disk and proven, so that a killed export can go on.
 
-`export-journal.jsonl` in the partial directory: first line the plan's fingerprint, then one line a finished shard with
-its sha256 and what was measured. A line is appended and fsynced after the shard's rename; a torn last line counts for
-nothing. Promises: one writer at a time (the file is locked while it is open, on POSIX), and a shard that is reported as finished has the
-bytes that were written.
+`export-journal.jsonl` in the partial directory: first line the plan's fingerprint, then one line a finished
+shard with its sha256 and what was measured. A line is appended and fsynced after the shard's rename; a torn
+last line counts for nothing. Promises: one writer at a time (the file is locked while it is open), and a
+shard that is reported as finished has the bytes that were written.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,8 @@ class Journal:
             return {}
         if lines[0].get("fingerprint") != fingerprint:
             raise ExportError(
-                f"{self._path.parent} was begun with another base, adapter, option or library version: delete it to start "
+                f"{self._path.parent} was begun with another base, adapter, option or library version: "
+                "delete it to start "
                 "again",
                 param="resume",
             )
@@ -108,10 +109,6 @@ def is_intact(path: Path, shard: FinishedShard) -> bool:
 
 
 def _lock(file: BinaryIO, directory: Path) -> None:
-    if sys.platform == "win32":
-        return
-    import fcntl
-
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,14 +15,18 @@ from loramux_adapters.nf4 import NF4Weight, tensor_bytes
 
 @dataclass(frozen=True, eq=False)
 class BaseLinear:
-    """`original` is what transformers would load without quantization, None where only codes exist (or are asked)."""
+    """`original` is what transformers would load without quantization, None where only codes exist (or are
+    asked).
+    """
 
     original: torch.Tensor | None
     codes: NF4Weight | None
     source_sha256: str
 
     def served(self, dtype: torch.dtype) -> torch.Tensor:
-        """`[out, in]` as the server multiplies with it: dequantized in fp32, then rounded to its compute dtype."""
+        """`[out, in]` as the server multiplies with it: dequantized in fp32, then rounded to its compute
+        dtype.
+        """
         if self.codes is not None:
             return self.codes.dequantize(dtype)
         assert self.original is not None
@@ -38,7 +42,9 @@ class BaseLinear:
 def read_linear(
     plan: ExportPlan, tensor: TensorPlan, *, codes: bool = True, original: bool = False
 ) -> BaseLinear:
-    """Read a linear of the base; quantize it if `codes` and it is served as NF4. Drops the 16-bit values unless asked."""
+    """Read a linear of the base; quantize it if `codes` and it is served as NF4. Drops the 16-bit values
+    unless asked.
+    """
     checkpoint = plan.checkpoint
     stored = checkpoint.read(tensor.source.name) if not is_packed(checkpoint, tensor.source.name) else None
     if stored is None:

@@ -3,9 +3,9 @@
     served  D = round_to_served_dtype(dequantize(NF4(W)))            what the server multiplied with
     merged  round_once(D + sum_i weight_i * scaling_i * B_i @ A_i)   the sum in fp32
 
-Scaling is LoRA's alpha/r (arXiv 2106.09685, section 4.1) or rsLoRA's alpha/sqrt(r) (arXiv 2312.03732). Promises: beside
-one tensor the working memory is a few pieces of 4 MiB; equal input gives equal bytes on the same machine with the
-same libraries. Does not write files: it hands contiguous tensors to a sink.
+Scaling is LoRA's alpha/r (arXiv 2106.09685, section 4.1) or rsLoRA's alpha/sqrt(r) (arXiv 2312.03732).
+Promises: beside one tensor the working memory is a few pieces of 4 MiB; equal input gives equal bytes on the
+same machine with the same libraries. Does not write files: it hands contiguous tensors to a sink.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from loramux_adapters.export.checkpoint import TORCH_DTYPES
+from loramux_adapters.export.identity import linear_digest
 from loramux_adapters.export.linears import BaseLinear, Delta, read_linear, row_pieces
 from loramux_adapters.export.options import Onto
 from loramux_adapters.export.plan import Action, ExportPlan, TensorPlan
@@ -31,15 +32,15 @@ Sink = Callable[[torch.Tensor], None]
 class TensorOutcome:
     """What happened to a tensor. The last four are None where no adapter targets it.
 
-    `survival` is <stored - D, delta> / <delta, delta>: 1 when rounding kept the delta, 0 when it erased it. `error` is
-    the norm of what was stored beyond or short of D + delta, relative to the delta's norm.
+    `survival` is <stored - D, delta> / <delta, delta>: 1 when rounding kept the delta, 0 when it erased it.
+    `error` is the norm of what was stored beyond or short of D + delta, relative to the delta's norm.
     """
 
     name: str
     action: str
     finite: bool
     source_sha256: str
-    codes_sha256: str | None = None  # digest of the NF4 codes it was served with
+    linear_sha256: str | None = None  # what a linear contributes to the base's quantization identity
     changed: int | None = None  # stored values that are not the base's, rounded the same way
     relative_delta: float | None = None  # norm of the delta / norm of D
     survival: float | None = None
@@ -60,9 +61,10 @@ class TensorMerger:
         if tensor.action in (Action.COPY, Action.CAST):
             return self._copy(tensor, sink)
         linear = self._read(tensor)
-        facts: dict[str, Any] = {"source_sha256": linear.source_sha256}
-        if linear.codes is not None:
-            facts["codes_sha256"] = linear.codes.digest().hex()
+        facts: dict[str, Any] = {
+            "source_sha256": linear.source_sha256,
+            "linear_sha256": self._digest(linear),
+        }
         if tensor.action is Action.QUANTIZE:
             assert linear.codes is not None
             for part in encode(linear.codes, self._plan.skeleton.dtype):
@@ -90,16 +92,17 @@ class TensorMerger:
                 stored = piece.to(TORCH_DTYPES[output.dtype])
                 finite = finite and is_finite(stored)
                 sink(stored)
-        codes = None
-        if tensor.nf4 and self._plan.needs_identity:
-            codes = read_linear(self._plan, tensor).codes
+        wanted = tensor.module is not None and self._plan.needs_identity
         return TensorOutcome(
             name=tensor.source.name,
             action=tensor.action.value,
             finite=finite,
             source_sha256=digest.hexdigest(),
-            codes_sha256=codes.digest().hex() if codes else None,
+            linear_sha256=self._digest(read_linear(self._plan, tensor)) if wanted else None,
         )
+
+    def _digest(self, linear: BaseLinear) -> str | None:
+        return linear_digest(linear, self._plan.served_dtype) if self._plan.needs_identity else None
 
     def _store(self, linear: BaseLinear, tensor: TensorPlan, sink: Sink) -> bool:
         served = linear.served(self._plan.served_dtype)

@@ -85,7 +85,8 @@ class VerifyOptions:
         available = len(self.texts) or BUILT_IN_PROMPTS
         if self.prompts > available:
             raise ExportError(
-                f"--verify {self.prompts}: there are {available} prompts; name a file of more with --verify-file",
+                f"--verify {self.prompts}: there are {available} prompts; name a file of more with "
+                "--verify-file",
                 param="verify",
             )
         if self.tokens < 2:
@@ -125,7 +126,9 @@ class ExportOptions:
 
 
 def parse_size(text: str) -> int:
-    """A plain number such as '5GB' or '500 MiB', with an optional decimal (KB) or binary (KiB) unit, in bytes."""
+    """A plain number such as '5GB' or '500 MiB', with an optional decimal (KB) or binary (KiB) unit, in
+    bytes.
+    """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ExportError(f"--shard-size {text}: write a size such as 5GB or 500MiB", param="shard_size")

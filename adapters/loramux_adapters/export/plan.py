@@ -1,8 +1,9 @@
 """The plan of an export: what happens to every tensor, decided from headers before a weight is read.
 
-Promises: every LoRA module is resolved to exactly one tensor of the base; whatever does not match is refused, all
-faults in one error; sizes on disk are exact, the memory figure is an upper estimate. Reads the adapters (they are
-small), no base weight. Does not check the quantization identity: that needs the weights, and happens while merging.
+Promises: every LoRA module is resolved to exactly one tensor of the base; whatever does not match is refused,
+all faults in one error; sizes on disk are exact, the memory figure is an upper estimate. Reads the adapters
+(they are small), no base weight. Does not check the quantization identity: that needs the weights, and
+happens while merging.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ class ExportPlan:
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
-    """Raises BaseModelError, InvalidAdapter or ExportError; what it returns can be written if the disk allows."""
+    """Raises BaseModelError, InvalidAdapter or ExportError; what it returns can be written if the disk
+    allows.
+    """
     checkpoint = Checkpoint.open(options.model)
     skeleton = read_skeleton(options.model, checkpoint)
     faults = unmatched(skeleton, checkpoint)

@@ -1,8 +1,9 @@
 """NF4 on disk and in bounded memory: how a linear gets its served codes, and how codes are stored.
 
-The on-disk layout is bitsandbytes': `X.weight` holds packed codes, and beside it lie scales, tables and a JSON blob
-(`X.weight.quant_state.bitsandbytes__nf4`). Promises: `quantize` gives byte for byte what `NF4Weight.quantize` gives,
-with a few times the piece instead of fourteen bytes a weight of working memory. Does not decide which linears are NF4.
+The on-disk layout is bitsandbytes': `X.weight` holds packed codes, and beside it lie scales, tables and a
+JSON blob (`X.weight.quant_state.bitsandbytes__nf4`). Promises: `quantize` gives byte for byte what
+`NF4Weight.quantize` gives, with a few times the piece instead of fourteen bytes a weight of working memory.
+Does not decide which linears are NF4.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class OutputTensor:
 def quantize(weight: torch.Tensor) -> NF4Weight:
     """NF4 with double quantization of `[N, K]` in F16, BF16 or F32 (arXiv 2305.14314, section 3).
 
-    Blocks of 64 are independent, so they are quantized piece by piece; the second level needs all block scales.
+    Blocks of 64 are independent, so they are quantized piece by piece; the second level needs all block
+    scales.
     """
     shape = (weight.shape[0], weight.shape[1])
     flat = weight.reshape(-1)
@@ -57,7 +59,7 @@ def quantize(weight: torch.Tensor) -> NF4Weight:
     absmax = torch.cat(scales)
     offset = absmax.mean()
     codes_of_scales, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-    full = bnb.QuantState(
+    full = bnb.QuantState(  # type: ignore[no-untyped-call]
         absmax=codes_of_scales,
         shape=torch.Size(shape),
         dtype=weight.dtype,
@@ -119,7 +121,9 @@ def output_tensors(weight_name: str, shape: tuple[int, int]) -> tuple[OutputTens
 
 
 def encode(weight: NF4Weight, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The tensors of a doubly quantized weight in the order of `output_tensors`; `dtype` is what readers restore."""
+    """The tensors of a doubly quantized weight in the order of `output_tensors`; `dtype` is what readers
+    restore.
+    """
     state = weight.state
     described = {
         "quant_type": "nf4",

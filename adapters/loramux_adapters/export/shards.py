@@ -1,12 +1,11 @@
 """Writing one shard: header first, tensors streamed behind it, visible under its name only when complete.
 
-Promises: a file under a shard's final name is whole and durable; its sha256 is that of the bytes written. Raises
-ExportError when the disk fills up.
+Promises: a file under a shard's final name is whole and durable; its sha256 is that of the bytes written.
+OSError is the caller's to explain.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -38,26 +37,23 @@ def write_shard(directory: Path, shard: ShardPlan, merger: TensorMerger, written
         ((output.name, output.dtype, output.shape) for tensor in shard.tensors for output in tensor.outputs),
         {"format": "pt"},
     )
-    try:
-        with open(temporary, "wb") as file:
+    with open(temporary, "wb") as file:
 
-            def sink(piece: torch.Tensor) -> None:
-                data = tensor_bytes(piece)
-                digest.update(data)
-                file.write(data)
-                written(len(data))
+        def sink(piece: torch.Tensor) -> None:
+            data = tensor_bytes(piece)
+            digest.update(data)
+            file.write(data)
+            written(len(data))
 
-            digest.update(header)
-            file.write(header)
-            for tensor in shard.tensors:
-                outcome = merger.apply(tensor, sink)
-                _check(outcome)
-                outcomes.append(outcome)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-    except OSError as error:
-        raise _as_export_error(error, directory) from error
+        digest.update(header)
+        file.write(header)
+        for tensor in shard.tensors:
+            outcome = merger.apply(tensor, sink)
+            _check(outcome)
+            outcomes.append(outcome)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
     temporary.replace(path)
     fsync_directory(directory)
     return FinishedShard(shard.name, size, digest.hexdigest(), tuple(outcomes))
@@ -83,7 +79,8 @@ def write_index(directory: Path, plan: ExportPlan) -> None:
 def _check(outcome: TensorOutcome) -> None:
     if not outcome.finite:
         raise ExportError(
-            f"{outcome.name} would hold values that are NaN or infinite; with --format fp16 choose bf16, otherwise the "
+            f"{outcome.name} would hold values that are NaN or infinite; with --format fp16 choose bf16, "
+            "otherwise the "
             "base or the adapter is damaged",
             param="format",
             code="export_not_proven",
@@ -94,9 +91,3 @@ def _check(outcome: TensorOutcome) -> None:
             param="format",
             code="export_not_proven",
         )
-
-
-def _as_export_error(error: OSError, directory: Path) -> ExportError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ExportError(f"the disk is full: free space beside {directory} and use --resume", param="out")
-    return ExportError(f"{directory} cannot be written: {error.strerror}", param="out")

@@ -1,12 +1,14 @@
 """What the base is, learned from its config alone: its linears, its parameters, which of them are tied.
 
-The model is built on the meta device, so this costs no weight memory. Which linears are NF4 when served follows from
-it as it does in transformers' bitsandbytes integration: every `nn.Linear` but the output head. Remote code is never
-executed. Does not read tensors, except to say which of the checkpoint's names it found no use for.
+The model is built on the meta device, so this costs no weight memory. Which linears are NF4 when served
+follows from it as it does in transformers' bitsandbytes integration: every `nn.Linear` but the output head.
+Remote code is never executed. Does not read tensors, except to say which of the checkpoint's names it found
+no use for.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,21 +68,24 @@ def read_skeleton(directory: Path, checkpoint: Checkpoint) -> BaseSkeleton:
 
 
 def empty_model(config: Any) -> Any:
-    """The causal LM of `config` with parameters on meta and buffers (rotary frequencies) real; eager attention."""
-    from accelerate import init_empty_weights
+    """The causal LM of `config` with parameters on meta and buffers (rotary frequencies) real; eager
+    attention.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
-    config = type(config).from_dict(config.to_dict())
+    config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(
-            f"'{getattr(config, 'model_type', 'unknown')}' is not a decoder this version of transformers can build: "
+            f"'{getattr(config, 'model_type', 'unknown')}' is not a decoder this version of transformers can "
+            "build: "
             f"{_first_line(error)}",
             param="model",
         ) from error
@@ -102,7 +107,9 @@ def unmatched(skeleton: BaseSkeleton, checkpoint: Checkpoint) -> list[str]:
         elif stored.shape != shape:
             faults.append(f"{name} has shape {list(stored.shape)}, the config asks for {list(shape)}")
         elif stored.dtype not in FLOATS:
-            faults.append(f"{name} has type {stored.dtype}; F16, BF16, F32 and bitsandbytes NF4 can be exported")
+            faults.append(
+                f"{name} has type {stored.dtype}; F16, BF16, F32 and bitsandbytes NF4 can be exported"
+            )
     faults += [
         f"{stored.name} has type {stored.dtype}, which cannot be read"
         for stored in checkpoint.tensors.values()

@@ -1,4 +1,4 @@
-"""Build the HTTP application from its collaborators. It starts no process, opens no port and loads no model."""
+"""Build the HTTP application from its collaborators. Starts no process, opens no port, loads no model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def create_app(
     metrics: Metrics,
     chat_template: str | None = None,
 ) -> FastAPI:
-    """The application. `tokenizer` is the base's, as AutoTokenizer loads it; `chat_template` replaces its own."""
+    """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own."""
     api = ApiContext(
         engine=engine,
         models=ModelNames(settings.served_model_names, adapters),
@@ -44,7 +44,7 @@ def create_app(
         metrics=metrics,
     )
     engine.add_listener(metrics.observe_step)
-    # No interactive pages: they load their scripts from other hosts. No redirects: clients repeat a POST as a GET.
+    # No interactive pages: they load scripts from other hosts. No redirects: many clients do not follow them.
     app = FastAPI(
         title="loramux", version=settings.version, docs_url=None, redoc_url=None, redirect_slashes=False
     )

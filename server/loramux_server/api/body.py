@@ -1,4 +1,4 @@
-"""Read a JSON request body strictly: bounded in size and depth, one value per key, finite numbers, whole characters.
+"""Read a JSON request body strictly: bounded size and depth, unique keys, finite numbers, whole characters.
 
 Every fault is a 4xx with one sentence that never repeats the input. It promises a JSON object; what the
 fields mean is protocol.py's business.

@@ -88,9 +88,10 @@ async def _run_choice(
                 if piece.finish:
                     tracked.finished(piece.finish)
                 yield piece
-                if piece.finish:
-                    return
-        raise EngineError("the engine ended this request without finishing it")
+                if piece.finish and output.finish is None:
+                    return  # a stop string: the engine does not know of it and is told by closing `outputs`
+        if not tracked.has_finished:
+            raise EngineError("the engine ended this request without finishing it")
 
 
 class _Assembler:

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its headers, and the one place where exceptions become answers.
+"""The outermost layer of every request: its id, its headers, and where exceptions become answers.
 
 Plain ASGI, because a stream must pass through untouched. Promises: every response has x-request-id; an
 exception before the response started becomes OpenAI's envelope, one after it becomes an error event if the

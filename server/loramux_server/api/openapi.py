@@ -1,4 +1,4 @@
-"""The OpenAPI document: the bodies are read by hand (body.py), so they are described by hand, from the same models.
+"""The OpenAPI document. Bodies are read by hand (body.py), so they are described here, from the same models.
 
 Schemas go under `components/schemas`; what is refused by name is left out of them.
 """

@@ -23,7 +23,7 @@ MAX_STOP_LENGTH = 256  # characters; the search for a stop string is linear in i
 
 @dataclass(frozen=True)
 class Budget:
-    """How many new tokens were asked for: `asked` by the caller in `field`, else `default`, else all that fit."""
+    """How many new tokens may come: those `asked` for, else the `default`, else all that fit."""
 
     asked: int | None
     default: int | None
@@ -100,8 +100,8 @@ def fit(longest_prompt: int, budget: Budget, max_model_len: int) -> int:
         )
     if room < 1:
         raise ContextLengthExceeded(
-            f"{limit} However, your {budget.where} resulted in {longest_prompt} tokens. Please reduce the length "
-            f"of the {budget.where}.",
+            f"{limit} However, your {budget.where} resulted in {longest_prompt} tokens. Please reduce the "
+            f"length of the {budget.where}.",
             param=budget.where,
         )
     return budget.asked or min(room, budget.default or room)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 INT64 = 2**63
 
@@ -76,9 +76,10 @@ class Strict(BaseModel):
 
 
 Stop = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4), FailFast(), Tag("@list")],
+    Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4, fail_fast=True), Tag("@list")],
     Discriminator(_kind),
 ]
+StopTokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64, fail_fast=True)]
 
 
 class StreamOptions(Strict):
@@ -104,9 +105,7 @@ class SamplingBody(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()] | None = Field(
-        None, max_length=64
-    )
+    stop_token_ids: StopTokenIds | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Hints to a provider's bookkeeping: nothing in an answer depends on them.
@@ -117,8 +116,8 @@ class SamplingBody(Strict):
     prompt_cache_retention: str | None = None
 
 
-# FailFast: a million wrong elements must not become a million error objects.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), FailFast()]
+# fail_fast: a million wrong elements must not become a million error objects.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionBody(SamplingBody):
@@ -126,9 +125,9 @@ class CompletionBody(SamplingBody):
 
     prompt: Annotated[
         Annotated[str, Tag("@text")]
-        | Annotated[list[str], Field(min_length=1), FailFast(), Tag("@texts")]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("@texts")]
         | Annotated[TokenIds, Tag("@tokens")]
-        | Annotated[list[TokenIds], Field(min_length=1), FailFast(), Tag("@token_lists")],
+        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("@token_lists")],
         Discriminator(_prompt_kind),
     ]
     best_of: int | None = Field(None, ge=1, le=20)
@@ -142,7 +141,7 @@ class ContentPart(Strict):
 
 
 Content = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[ContentPart], FailFast(), Tag("@list")],
+    Annotated[str, Tag("@text")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("@list")],
     Discriminator(_kind),
 ]
 
@@ -160,7 +159,7 @@ class Message(Strict):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

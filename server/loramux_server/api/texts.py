@@ -20,24 +20,11 @@ T = TypeVar("T")
 
 # The arguments of apply_chat_template that are not variables of the template.
 _RESERVED = frozenset(
-    [
-        "conversation",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "sanitize_control_tokens",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "messages",
-    ]
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"),
+        *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "padding"),
+        *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    )
 )
 
 
@@ -59,7 +46,8 @@ class Texts:
         """A conversation as the base's template writes it, ready for the assistant's turn."""
         if self._chat_template is None and not self._tokenizer.chat_template:
             raise RequestError(
-                "this base has no chat template; use /v1/completions, or start the server with --chat-template",
+                "this base has no chat template; use /v1/completions, or start the server with "
+                "--chat-template",
                 param="messages",
                 code="no_chat_template",
             )

@@ -38,7 +38,7 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: FinishReason | None
 
 
-class Completion(msgspec.Struct):
+class Completion(msgspec.Struct, tag_field="object", tag="text_completion"):
     """Also the chunk of a streamed completion."""
 
     id: str
@@ -47,7 +47,6 @@ class Completion(msgspec.Struct):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
-    object: Literal["text_completion"] = "text_completion"
 
 
 class TopLogprob(msgspec.Struct):
@@ -81,14 +80,13 @@ class ChatChoice(msgspec.Struct):
     finish_reason: FinishReason
 
 
-class ChatCompletion(msgspec.Struct):
+class ChatCompletion(msgspec.Struct, tag_field="object", tag="chat.completion"):
     id: str
     created: int
     model: str
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    object: Literal["chat.completion"] = "chat.completion"
 
 
 class ChatDelta(msgspec.Struct):
@@ -103,17 +101,16 @@ class ChatChunkChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(msgspec.Struct):
+class ChatChunk(msgspec.Struct, tag_field="object", tag="chat.completion.chunk"):
     id: str
     created: int
     model: str
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
-class ModelCard(msgspec.Struct):
+class ModelCard(msgspec.Struct, tag_field="object", tag="model"):
     """`generation` only on adapters; `parent` is null on the base."""
 
     id: str
@@ -122,13 +119,11 @@ class ModelCard(msgspec.Struct):
     parent: str | None
     max_model_len: int
     generation: str | UnsetType = UNSET
-    object: Literal["model"] = "model"
     owned_by: str = "loramux"
 
 
-class ModelList(msgspec.Struct):
+class ModelList(msgspec.Struct, tag_field="object", tag="list"):
     data: list[ModelCard]
-    object: Literal["list"] = "list"
 
 
 class Health(msgspec.Struct):

@@ -196,8 +196,7 @@ def _read_weights(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: PreTrainedModel
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 options.model,
                 config=config,
                 revision=options.revision,
@@ -216,7 +215,8 @@ def _read_weights(
         raise BaseModelError(
             f"cannot load the weights of '{options.model}': {reason}", param="model"
         ) from error
-    missing = sorted(report["missing_keys"]) if isinstance(report, dict) else sorted(report.missing_keys)
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise BaseModelError(
             f"'{options.model}' lacks {len(missing)} weights its config asks for, first {missing[0]}",
@@ -229,7 +229,7 @@ def _swap_linears(
     model: PreTrainedModel, dtype: torch.dtype, *, keep_dense: bool
 ) -> dict[str, tuple[int, int]]:
     """Replace bitsandbytes' layers by NF4Linear on the same bytes; return every adaptable linear's shape."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     head = model.get_output_embeddings()
     shapes: dict[str, tuple[int, int]] = {}
@@ -238,7 +238,8 @@ def _swap_linears(
             continue
         shapes[name] = (module.out_features, module.in_features)
         if isinstance(module, Linear4bit):
-            quantized = NF4Weight.from_bitsandbytes(module.weight.data, module.weight.quant_state, name)
+            weight: Any = module.weight  # bitsandbytes.nn.Params4bit
+            quantized = NF4Weight.from_bitsandbytes(weight.data, weight.quant_state, name)
             replacement: nn.Linear = NF4Linear(quantized, module.bias, dtype, keep_dense=keep_dense)
         else:
             module.to(dtype)
@@ -296,7 +297,7 @@ def _max_position(config: Any) -> int:
 
 def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
-        ids = getattr(source, "eos_token_id", None)
+        ids: Any = getattr(source, "eos_token_id", None)
         if ids is not None:
             return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
     return ()

@@ -19,13 +19,27 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from loramux_adapters.errors import BaseModelError
+from loramux_adapters.kernels import zeros_on_demand
 
 NAME = "loramux_paged"
 
 # Arguments transformers passes to every attention function that do not change what a causal decoder computes here:
 # positions are in the batch, dropout is 0 in evaluation, the rest belongs to other attention functions.
-_HARMLESS = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions",
-                       "output_hidden_states", "return_dict", "past_key_values", "position_embeddings", "layer_idx"})
+_HARMLESS = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "past_key_values",
+        "position_embeddings",
+        "layer_idx",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,7 @@ class KVCache:
         self.block_size = block_size
         shape = (num_blocks, block_size, 2, kv_heads, head_dim)
         # Zeros, not empty: padding rows of a gathered block must not hold NaN.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `[T, kv_heads, head_dim]` keys and values at flat positions `slots [T]`."""
@@ -111,7 +125,9 @@ def paged_attention(
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if unknown or attention_mask is not None:
         named = ", ".join(unknown) or "attention_mask"
-        raise BaseModelError(f"{type(module).__name__} passes '{named}' to attention, which loramux does not honour")
+        raise BaseModelError(
+            f"{type(module).__name__} passes '{named}' to attention, which loramux does not honour"
+        )
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     cache = paged.cache

@@ -231,12 +231,15 @@ class WorkerClient:
 
     def _fail_streams(self, message: str) -> None:
         for request_id, stream in self._streams.items():
-            failed = TokenOutput(request_id, [], finish="error", error=message, error_code="engine_unavailable")
+            failed = TokenOutput(
+                request_id, [], finish="error", error=message, error_code="engine_unavailable"
+            )
             stream.put_nowait(failed)
 
     async def _receive(self) -> StepOutput | Ready | Fatal:
         assert self._socket is not None
-        return EVENT_DECODER.decode(await self._socket.recv())
+        event: StepOutput | Ready | Fatal = EVENT_DECODER.decode(await self._socket.recv())
+        return event
 
     async def _send(self, command: Command) -> None:
         assert self._socket is not None

@@ -65,7 +65,9 @@ class Engine:
         )
         self.blocks = BlockManager(options.num_blocks, options.block_size)
         self.scheduler = Scheduler(options.limits, self.blocks, self.bank)
-        self.runner = ModelRunner(base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size)
+        self.runner = ModelRunner(
+            base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size
+        )
         self.sequences: dict[str, Sequence] = {}
         self._steps = 0
 
@@ -77,7 +79,9 @@ class Engine:
         """Queue a request. Raises RequestError if it could never run."""
         longest = len(request.prompt) + request.params.max_tokens
         if not request.prompt or request.params.max_tokens < 1:
-            raise RequestError("a request needs at least one prompt token and max_tokens >= 1", param="prompt")
+            raise RequestError(
+                "a request needs at least one prompt token and max_tokens >= 1", param="prompt"
+            )
         if longest > self.options.max_model_len or self.blocks.blocks_for(longest) > self.blocks.num_blocks:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.options.max_model_len} tokens. However, the request "
@@ -116,7 +120,9 @@ class Engine:
         holders = [s.generation for s in self.scheduler.running if s.holds_adapter]
         for generation, slot in self.bank.tier.slots.items():
             if slot.references != holders.count(generation):
-                raise AssertionError(f"adapter {generation[:12]}: {slot.references} references, not {holders}")
+                raise AssertionError(
+                    f"adapter {generation[:12]}: {slot.references} references, not {holders}"
+                )
 
     def close(self) -> None:
         self.bank.close()
@@ -125,7 +131,9 @@ class Engine:
         """The gate once more, and the hash: a file that changed under the store must not answer in its name."""
         weights = LoraWeights.read(Path(path), self.base.geometry)
         if weights.generation != generation:
-            raise AdapterUnavailable(f"the files of generation {generation[:12]} are damaged: their hash differs")
+            raise AdapterUnavailable(
+                f"the files of generation {generation[:12]} are damaged: their hash differs"
+            )
         return weights
 
     def _postprocess(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[TokenOutput]:

@@ -43,8 +43,8 @@ class EngineClient(Protocol):
     ) -> AsyncGenerator[TokenOutput, None]:
         """One request's tokens as they come; the last output carries `finish`.
 
-        Closing the generator early aborts the request. Raises Overloaded or EngineError, before the first output,
-        when the engine does not accept it.
+        Closing the generator early aborts the request. Raises Overloaded or EngineError, before the first
+        output, when the engine does not accept it.
         """
         ...
 

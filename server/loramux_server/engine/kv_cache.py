@@ -47,4 +47,6 @@ class BlockManager:
         owned = [block for sequence in sequences for block in sequence.blocks]
         everything = sorted([*owned, *self._free])
         if everything != list(range(self.num_blocks)):
-            raise AssertionError(f"KV blocks leaked: {len(owned)} owned, {len(self._free)} free of {self.num_blocks}")
+            raise AssertionError(
+                f"KV blocks leaked: {len(owned)} owned, {len(self._free)} free of {self.num_blocks}"
+            )

@@ -134,12 +134,12 @@ class ModelRunner:
         finally:
             base.model.set_attn_implementation(implementation)
         # Relative to the logits' size: single logits of a 16-bit model move by several units in the last place.
-        error = (torch.cat(ours).float() - reference).norm().item() / max(reference.norm().item(), 1e-6)
+        distance = (torch.cat(ours).float() - reference).norm().item() / max(reference.norm().item(), 1e-6)
         bound = 1e-3 if base.dtype == torch.float32 else 0.1
-        if not error <= bound:
+        if not distance <= bound:
             raise BaseModelError(
                 f"{type(base.model).__name__} gives other logits on the paged KV cache than in transformers "
-                f"(relative error {error:.3g}, at most {bound:g} is rounding); it is not supported",
+                f"(relative error {distance:.3g}, at most {bound:g} is rounding); it is not supported",
                 param="model",
             )
 

@@ -63,7 +63,9 @@ def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) 
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(list({*sequence.prompt, *sequence.output}), device=row.device)
         values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        row[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if sequence.output and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(sequence.output)
         ids = torch.tensor(list(counts), device=row.device)

@@ -76,7 +76,9 @@ class Worker:
                     try:
                         self.engine.add(command)
                     except RequestError as error:
-                        refusal = TokenOutput(command.id, [], finish="error", error=error.message, error_code=error.code)
+                        refusal = TokenOutput(
+                            command.id, [], finish="error", error=error.message, error_code=error.code
+                        )
                         self._refused.append(refusal)
                 case AbortRequest():
                     self.engine.abort(command.id)
@@ -154,11 +156,16 @@ def _exit_with_parent(parent: int) -> None:
 def main() -> int:
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerOptions)
     _exit_with_parent(options.parent_pid)
-    for name in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the front drains first, then says Shutdown
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # sent to the whole group; the front drains first, then says Shutdown
         signal.signal(name, signal.SIG_IGN)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(options.address)
     engine: Engine | None = None
     try:
@@ -171,7 +178,9 @@ def main() -> int:
     except (RuntimeError, MemoryError) as error:
         # Of a CUDA error nothing on this device can be trusted any more: say so and let the front start another worker.
         logger.exception("the worker cannot go on")
-        socket.send(EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}")))
+        socket.send(
+            EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"))
+        )
         return 1
     finally:
         if engine is not None:

@@ -1,1 +1,0 @@
-"""The hand-written words that the demo data sets are made from. Plain constants, no code."""

@@ -1,0 +1,42 @@
+"""What a person sees when the server is ready: where it listens, what it serves, and commands to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+QUESTION = "How are you today?"
+
+
+def banner(url: str, base: str, adapters: Sequence[str]) -> None:
+    """Print to standard output. With two adapters or more, one command shows them answering side by side."""
+    lines = ["", f"loramux serves '{base}' at {url}/v1", f"adapters: {', '.join(adapters) or 'none yet'}", ""]
+    if adapters:
+        lines += _commands(url, adapters)
+    lines.append("Ctrl-C stops it.")
+    typer.echo("\n".join(lines))
+
+
+def _commands(url: str, adapters: Sequence[str]) -> list[str]:
+    messages = f'[{{"role": "user", "content": "{QUESTION}"}}]'
+    python = (
+        f"from openai import OpenAI; c = OpenAI(base_url='{url}/v1', api_key='-'); "
+        f"print(c.chat.completions.create(model='{adapters[-1]}', max_tokens=60, "
+        f"messages=[dict(role='user', content='{QUESTION}')]).choices[0].message.content)"
+    )
+    asked = " ".join(adapters[:3])
+    return [
+        "Try it from another terminal:",
+        "",
+        "  # one adapter, with curl",
+        f"  curl -s {url}/v1/chat/completions -H 'content-type: application/json' \\",
+        f"""    -d '{{"model": "{adapters[0]}", "max_tokens": 60, "messages": {messages}}}'""",
+        "",
+        "  # another one, with the OpenAI client",
+        f'  .venv/bin/python -c "{python}"',
+        "",
+        "  # the same question to several adapters at once, in one batch",
+        f"  .venv/bin/loramux ask --url {url} '{QUESTION}' {asked}",
+        "",
+    ]

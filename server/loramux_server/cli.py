@@ -1,0 +1,67 @@
+"""`loramux`: the command line. Each command imports what it needs when it runs, so that --help is immediate.
+
+Errors are one sentence on standard error and exit code 1; wrong usage is exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="loramux",
+    help="Many LoRA adapters on one resident NF4 base model: serve, train, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(
+    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def serve(context: typer.Context) -> None:
+    """Serve a base model and its adapters. See loramux serve --help."""
+    from loramux_server.config import read_config
+
+    config = read_config(context.args)
+    from loramux_server.serve import run
+
+    run(config)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    models: Annotated[list[str], typer.Argument(help="Base or adapter names; all are asked at once.")],
+    url: Annotated[str, typer.Option(help="Address of a running server.")] = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 80,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Ask several adapters of a running server the same question and print their answers."""
+    from loramux_server.ask import ask_models
+
+    for model, answer in ask_models(url, question, models, max_tokens=max_tokens, temperature=temperature):
+        typer.echo(f"[{model}] {answer}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from loramux_adapters import __version__
+
+    typer.echo(f"loramux {__version__}")
+
+
+def main() -> None:
+    """Entry point of the `loramux` command."""
+    from loramux_adapters.errors import LoramuxError
+
+    try:
+        app()
+    except LoramuxError as error:
+        typer.echo(f"loramux: {error.message}", err=True)
+        sys.exit(1)

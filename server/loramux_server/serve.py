@@ -1,0 +1,204 @@
+"""`loramux serve`: from a configuration to a running server, and down again without losing a request.
+
+Order at start: take the port, fetch the demo model if asked for, start the worker and read the tokenizer beside it, open
+the adapter registry, then listen. At SIGTERM or Ctrl-C: refuse new requests with 503, let running ones finish within the
+grace period, stop the worker. A second signal stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from loramux_adapters import __version__
+from loramux_adapters.errors import BaseModelError, ConfigError
+from loramux_server.api.app import ApiSettings, create_app
+from loramux_server.banner import banner
+from loramux_server.base.demo import ensure_demo_model
+from loramux_server.catalog import AdapterCatalog
+from loramux_server.config import ServeConfig
+from loramux_server.engine.client import WorkerClient
+from loramux_server.engine.options import WorkerOptions
+from loramux_server.metrics import Metrics
+
+logger = logging.getLogger("loramux")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: draining is ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until stopped. Raises LoramuxError if it cannot start."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("httpx", "httpx2", "watchfiles", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    listener = _take_port(config.host, config.port)
+    model = str(ensure_demo_model()) if config.is_demo else config.model
+    with contextlib.closing(listener):
+        uvicorn_loop = uvicorn.Config("", loop="auto").get_loop_factory()
+        with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+            runner.run(_serve(config, model, listener))
+
+
+async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> None:
+    client = WorkerClient(_worker_options(config, model), max_queued=config.max_queued)
+    metrics = Metrics(max_loras=config.max_loras)
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    catalog: AdapterCatalog | None = None
+    try:
+        started = asyncio.create_task(client.start())
+        stopped = asyncio.create_task(stop.wait())
+        tokenizer, template = await asyncio.to_thread(_read_tokenizer, config, model)
+        await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            started.cancel()
+            return
+        ready = started.result()
+        catalog = AdapterCatalog(
+            config.data_dir, ready, reserved=config.names, max_lora_rank=config.max_lora_rank, metrics=metrics
+        )
+        await asyncio.to_thread(_import_adapters, catalog, config)
+        metrics.describe(
+            version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
+        )
+        app = create_app(
+            engine=client,
+            adapters=catalog.registry,
+            tokenizer=tokenizer,
+            settings=ApiSettings(
+                served_model_names=tuple(config.names),
+                version=__version__,
+                max_body_bytes=config.max_body_size,
+            ),
+            metrics=metrics,
+            chat_template=template,
+        )
+        await _listen(app, config, client, catalog, listener, stop)
+    finally:
+        await client.close()
+        if catalog is not None:
+            catalog.close()
+
+
+async def _listen(
+    app: Any,
+    config: ServeConfig,
+    client: WorkerClient,
+    catalog: AdapterCatalog,
+    listener: socket.socket,
+    stop: asyncio.Event,
+) -> None:
+    settings = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False
+    )
+    server = _Server(settings)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(catalog.watch(config.adapter_dir)) if config.adapter_dir else None
+    host, port = listener.getsockname()[:2]
+    logger.info("ready on http://%s:%d", host, port)
+    banner(f"http://{host}:{port}", config.names[0], [record.name for record in catalog.registry.list()])
+    await stop.wait()
+    logger.info("draining: %d requests in flight, at most %g s", client.in_flight, config.grace)
+    client.drain()
+    stop.clear()
+    idle = asyncio.create_task(client.wait_idle(config.grace))
+    again = asyncio.create_task(stop.wait())
+    await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (idle, again, watching):
+        if task is not None:
+            task.cancel()
+    server.should_exit = True
+    if client.in_flight:
+        server.force_exit = True
+    await serving
+
+
+def _take_port(host: str, port: int) -> socket.socket:
+    """Bind now, so that a taken port is said before a model is loaded; listening starts when the server is ready."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use; choose another with --port", param="port"
+            ) from error
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", param="host") from error
+    listener.setblocking(False)
+    return listener
+
+
+def _read_tokenizer(config: ServeConfig, model: str) -> tuple[Any, str | None]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(
+            f"cannot read the tokenizer of '{config.model}': {reason}", param="model"
+        ) from error
+    if config.chat_template is None:
+        return tokenizer, None
+    try:
+        return tokenizer, config.chat_template.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat-template {config.chat_template}: {error}", param="chat_template"
+        ) from error
+
+
+def _import_adapters(catalog: AdapterCatalog, config: ServeConfig) -> None:
+    modules = {name: Path(path) for name, _, path in (entry.partition("=") for entry in config.lora_modules)}
+    if config.demo_adapters if config.demo_adapters is not None else config.is_demo:
+        from loramux_adapters.demo import demo_adapters
+
+        modules = {**demo_adapters(), **modules}
+    catalog.add_modules(modules)
+    if config.adapter_dir:
+        catalog.scan(config.adapter_dir)
+
+
+def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
+    return WorkerOptions(
+        address="",
+        parent_pid=0,
+        model=model,
+        name=config.names[0],
+        revision=config.revision,
+        device=config.device,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        seed=config.seed,
+        threads=config.threads,
+        max_model_len=config.max_model_len,
+        kv_cache_bytes=config.kv_cache_memory,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
+        max_cpu_loras=config.max_cpu_loras,
+        log_level=config.log_level,
+    )

@@ -1,0 +1,254 @@
+"""The shapes of answers, whole and streamed, for completions and chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+import pytest
+from tests.api.conftest import Call, Stand
+
+from loramux_server.engine.messages import TokenOutput
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+async def ask(client: httpx.AsyncClient, chat: bool, **fields: Any) -> httpx.Response:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    body: dict[str, Any] = {"messages": HELLO} if chat else {"prompt": "hi"}
+    response = await client.post(path, json={"model": "tiny"} | body | fields)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a finished stream, which must end with [DONE]."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in response.headers
+    *chunks, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(chunk.startswith("data: ") for chunk in chunks)
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+
+
+def shared(chunks: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    return {
+        (one["id"], one["created"], one["model"], one["object"], one["system_fingerprint"]) for one in chunks
+    }
+
+
+async def test_a_completion(client: httpx.AsyncClient) -> None:
+    body = (await ask(client, False)).json()
+    assert body.pop("id").startswith("cmpl-")
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "text_completion",
+        "model": "tiny",
+        "system_fingerprint": "lmx-01234567-base",
+        "choices": [{"index": 0, "text": "Hello world", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    }
+
+
+async def test_a_chat_completion_of_an_adapter(client: httpx.AsyncClient, stand: Stand) -> None:
+    response = await ask(client, True, model="tiny:pirate")
+    body = response.json()
+    assert body["id"].startswith("chatcmpl-")
+    assert (body["object"], body["model"]) == ("chat.completion", "pirate")
+    assert body["system_fingerprint"] == "lmx-01234567-a1b2c3d4e5f6"
+    message = {"role": "assistant", "content": "Hello world", "refusal": None}
+    assert body["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
+    assert response.headers["x-adapter-generation"] == "a1b2c3d4e5f60718"
+    adapter = stand.engine.calls[0].adapter
+    assert adapter is not None
+    assert (adapter.generation, adapter.path) == ("a1b2c3d4e5f60718", "/store/a1b2c3d4e5f60718")
+    assert stand.adapters.leased == []
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_finish_reason_length(client: httpx.AsyncClient, stand: Stand, chat: bool) -> None:
+    stand.engine.script = stand.engine.saying("Hello world", finish="length")
+    body = (await ask(client, chat)).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 2
+
+
+async def test_a_streamed_chat(client: httpx.AsyncClient) -> None:
+    response = await ask(client, True, stream=True, model="pirate")
+    chunks = events(response)
+    assert len(shared(chunks)) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    assert response.headers["x-adapter-generation"] == "a1b2c3d4e5f60718"
+    assert all("usage" not in chunk for chunk in chunks)
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"content": "Hello"},
+        {"content": " world"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
+
+
+async def test_a_streamed_completion(client: httpx.AsyncClient) -> None:
+    chunks = events(await ask(client, False, stream=True))
+    assert len(shared(chunks)) == 1
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["Hello", " world", ""]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_usage_in_a_last_chunk_of_its_own(client: httpx.AsyncClient, chat: bool) -> None:
+    options = {"include_usage": True}
+    chunks = events(await ask(client, chat, stream=True, stream_options=options))
+    whole = (await ask(client, chat)).json()
+    assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], whole["usage"])
+    assert len(shared(chunks)) == 1
+
+
+async def test_usage_in_every_chunk(client: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(await ask(client, False, stream=True, stream_options=options))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_prompts_and_choices(client: httpx.AsyncClient, stand: Stand, stream: bool) -> None:
+    def by_index(call: Call) -> Iterable[TokenOutput | Exception | float]:
+        words = ["Hello", " world", "Hello world", " this"]
+        return stand.engine.saying(words[int(call.request_id.rpartition("-")[2])])(call)
+
+    stand.engine.script = by_index
+    fields = {"prompt": [[5, 6], [7, 8, 9]], "n": 2, "seed": 40}
+    if stream:
+        options = {"include_usage": True}
+        chunks = events(await ask(client, False, stream=True, stream_options=options, **fields))
+        texts = [""] * 4
+        for chunk in chunks[:-1]:
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        usage = chunks[-1]["usage"]
+    else:
+        body = (await ask(client, False, **fields)).json()
+        texts = [choice["text"] for choice in body["choices"]]
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+        usage = body["usage"]
+    assert texts == ["Hello", " world", "Hello world", " this"]
+    calls = stand.engine.calls
+    assert sorted((call.prompt[0], call.params.seed or 0) for call in calls) == [
+        (5, 40),
+        (5, 41),
+        (7, 40),
+        (7, 41),
+    ]
+    assert len({call.request_id for call in calls}) == 4
+    assert usage["prompt_tokens"] == 5
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4
+    assert usage["completion_tokens"] == 2 + 2 + 3 + 2
+
+
+@pytest.mark.parametrize("prompt", ["hi", [73, 74], ["hi"], [[73, 74]]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo(client: httpx.AsyncClient, prompt: Any, stream: bool) -> None:
+    response = await ask(client, False, prompt=prompt, echo=True, stream=stream)
+    answers = events(response) if stream else [response.json()]
+    assert "".join(answer["choices"][0]["text"] for answer in answers) == "hiHello world"
+
+
+async def test_completion_logprobs(client: httpx.AsyncClient) -> None:
+    whole = (await ask(client, False, logprobs=3)).json()["choices"][0]["logprobs"]
+    assert whole["tokens"] == ["Hello", " world"]
+    assert whole["token_logprobs"] == [-0.5, -0.5]
+    assert whole["text_offset"] == [0, 5]
+    assert whole["top_logprobs"][0] == {"Hello": -0.5, "$": -9999.0, "%": -3.0}
+    chunks = events(await ask(client, False, logprobs=0, stream=True))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [item["tokens"] for item in streamed] == [["Hello"], [" world"], []]
+    assert [item["text_offset"] for item in streamed] == [[0], [5], []]
+    assert streamed[0]["top_logprobs"] == [{"Hello": -0.5}]
+
+
+async def test_chat_logprobs(client: httpx.AsyncClient) -> None:
+    whole = (await ask(client, True, logprobs=True, top_logprobs=2)).json()["choices"][0]["logprobs"]
+    assert whole["refusal"] is None
+    assert [entry["token"] for entry in whole["content"]] == ["Hello", " world"]
+    assert whole["content"][0]["bytes"] == list(b"Hello")
+    assert whole["content"][0]["top_logprobs"][1] == {"token": "$", "logprob": -9999.0, "bytes": [36]}
+    chunks = events(await ask(client, True, logprobs=True, stream=True))
+    assert [bool(chunk["choices"][0]["logprobs"]) for chunk in chunks] == [False, True, True, False]
+    assert chunks[1]["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_logprobs_of_a_torn_character_name_its_bytes(client: httpx.AsyncClient, stand: Stand) -> None:
+    stand.engine.script = stand.engine.saying("☃")
+    content = (await ask(client, True, logprobs=True)).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ["bytes:\\xe2", "bytes:\\x98", "bytes:\\x83"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "☃"
+    # In a stream they come with the text they belong to.
+    chunks = events(await ask(client, True, logprobs=True, stream=True))
+    assert chunks[1]["choices"][0]["delta"] == {"content": "☃"}
+    assert len(chunks[1]["choices"][0]["logprobs"]["content"]) == 3
+
+
+class TestStop:
+    @pytest.mark.parametrize(
+        ("stop", "text"),
+        [
+            ("o w", "Hell"),
+            (["zzz", "wor"], "Hello "),
+            ("Hello", ""),
+            ("worlds", "Hello world"),
+            (["d", "ld"], "Hello wor"),
+        ],
+    )
+    @pytest.mark.parametrize("chat", [False, True])
+    async def test_text_ends_before_it(
+        self, client: httpx.AsyncClient, stand: Stand, chat: bool, stop: Any, text: str
+    ) -> None:
+        body = (await ask(client, chat, stop=stop)).json()["choices"][0]
+        assert (body["message"]["content"] if chat else body["text"]) == text
+        assert body["finish_reason"] == "stop"
+        chunks = events(await ask(client, chat, stop=stop, stream=True))
+        choices = [chunk["choices"][0] for chunk in chunks]
+        parts = [choice["delta"].get("content", "") if chat else choice["text"] for choice in choices]
+        assert "".join(parts) == text
+        assert choices[-1]["finish_reason"] == "stop"
+        assert "" not in parts[1:-1]
+
+    async def test_the_engine_is_told_to_stop(self, client: httpx.AsyncClient, stand: Stand) -> None:
+        stand.engine.script = stand.engine.saying("Hello world, this is a small test", finish="length")
+        body = (await ask(client, False, stop=" world", logprobs=0)).json()
+        call = stand.engine.calls[0]
+        assert (call.outputs, call.closed_early) == (2, True)
+        assert body["usage"]["completion_tokens"] == 2
+        assert body["choices"][0]["logprobs"]["tokens"] == ["Hello"]
+
+    async def test_a_sequence_that_ends_by_itself_is_not_closed_early(
+        self, client: httpx.AsyncClient, stand: Stand
+    ) -> None:
+        await ask(client, False)
+        await ask(client, False, stream=True, n=2)
+        assert not any(call.closed_early for call in stand.engine.calls)
+
+    async def test_not_before_min_tokens(self, client: httpx.AsyncClient, stand: Stand) -> None:
+        stand.engine.script = stand.engine.saying("Hello Hello Hello", finish="length")
+        tokens = len(stand.tokenizer.encode("Hello Hello"))
+        body = (await ask(client, False, stop="Hello", min_tokens=tokens)).json()
+        assert body["choices"][0]["text"] == "Hello Hello "
+
+    async def test_the_end_token_is_no_text(self, client: httpx.AsyncClient, stand: Stand) -> None:
+        def ends_with_a_word(call: Call) -> list[TokenOutput]:
+            hello, world = stand.tokenizer.encode("Hello world")
+            return [TokenOutput(call.request_id, [hello, world], finish="stop")]
+
+        stand.engine.script = ends_with_a_word
+        body = (await ask(client, False, stop_token_ids=[1])).json()
+        assert (body["choices"][0]["text"], body["usage"]["completion_tokens"]) == ("Hello", 2)
