@@ -213,6 +213,7 @@ class AdapterBank:
                 raise
             raise AdapterUnavailable(f"adapter {generation[:12]} could not be loaded: {error}") from error
         if copy is None:
+            self.tier.slots[generation].filling = False
             self._ready.add(generation)
             return
         self._host[generation] = copy

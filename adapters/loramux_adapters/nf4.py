@@ -149,7 +149,7 @@ class NF4Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
-            out: torch.Tensor = _NF4MatMul.apply(input, self)
+            out: torch.Tensor = _NF4MatMul.apply(input, self)  # type: ignore[no-untyped-call]
             return out
         with torch.no_grad():
             return self.matmul(input)

@@ -59,8 +59,13 @@ class Slot:
     rows: int
     references: int = 0
     pinned: bool = False
+    filling: bool = True  # its bytes are being copied: not usable yet, and not evictable
     closed_until: int = 0  # tick before which no new request is admitted, so that it drains
     admitted: int = 0  # requests admitted since it became resident
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.references or self.pinned or self.filling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ class DeviceTier:
                     for other in self.slots.values():
                         other.closed_until = 0
                     return slot
-            victim = next((s for s in self.slots.values() if s.references == 0 and not s.pinned), None)
+            victim = next((s for s in self.slots.values() if s.is_idle), None)
             if victim is None:
                 return None
             self._drop(victim, reason)

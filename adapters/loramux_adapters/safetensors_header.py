@@ -66,10 +66,8 @@ def read_header(
 
 
 def parse_header(raw: bytes, *, label: str, file_size: int, max_tensors: int) -> tuple[TensorEntry, ...]:
-    if not raw.startswith(b"{"):
-        _refuse(label, "the header is not a JSON object")
     try:
-        header = strict_json(raw)
+        header = strict_json(raw) if raw.startswith(b"{") else None
     except ValueError as error:
         _refuse(label, f"the header is not valid JSON: {error}")
     if not isinstance(header, dict):

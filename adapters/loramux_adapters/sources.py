@@ -203,8 +203,7 @@ class HuggingFaceHub:
 @contextmanager
 def _hub_errors(repo: str, revision: str) -> Iterator[None]:
     """What the client raises, as what it means here. Its messages hold URLs and request ids: not repeated."""
-    from huggingface_hub import errors
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import errors, get_session
 
     # The client's transport errors are those of its HTTP library: httpx at first, httpx2 since version 2.
     transport = importlib.import_module(type(get_session()).__module__.partition(".")[0])

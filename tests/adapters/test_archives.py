@@ -95,7 +95,14 @@ def test_folder_entries_and_extended_headers(tmp_path: Path) -> None:
     folder.type = tarfile.DIRTYPE
     config.mtime = 1.5  # a fraction of a second needs an extended header
     weights = tarfile.TarInfo(f"my-adapter/{WEIGHTS_FILE}")
-    data = tar([(special(".", tarfile.DIRTYPE)), (folder, b""), (config, GOOD[CONFIG_FILE]), (weights, GOOD[WEIGHTS_FILE])])
+    data = tar(
+        [
+            (special(".", tarfile.DIRTYPE)),
+            (folder, b""),
+            (config, GOOD[CONFIG_FILE]),
+            (weights, GOOD[WEIGHTS_FILE]),
+        ]
+    )
     assert unpacked(data, tmp_path) == GOOD
 
 
@@ -119,9 +126,15 @@ def test_zip_with_folder_entry_and_comment(tmp_path: Path) -> None:
         ({"..\\evil": b""}, '"..\\\\evil": is not a path inside the archive'),
         ({"C:/evil": b""}, '"C:/evil": is not a path inside the archive'),
         ({"a//b": b""}, '"a//b": is not a path inside the archive'),
-        ({"adapter_model.bin": b"\x80\x04"}, '"adapter_model.bin": does not belong in an adapter archive, it is a pickle'),
+        (
+            {"adapter_model.bin": b"\x80\x04"},
+            '"adapter_model.bin": does not belong in an adapter archive, it is a pickle',
+        ),
         ({"rng_state.pth": b""}, "it is a pickle, which can run code and is never read"),
-        ({"tokenizer.json": b"{}"}, '"tokenizer.json": does not belong in an adapter archive, remove all but'),
+        (
+            {"tokenizer.json": b"{}"},
+            '"tokenizer.json": does not belong in an adapter archive, remove all but',
+        ),
         ({"chat_template.jinja": b"{{ x }}"}, '"chat_template.jinja": does not belong'),
         ({"._" + CONFIG_FILE: b""}, f'"._{CONFIG_FILE}": does not belong'),
         ({"new\nline": b""}, '"new\\nline": does not belong'),
@@ -148,7 +161,10 @@ def test_all_faults_of_a_listing_at_once(pack: Callable[[dict[str, bytes]], byte
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        (GOOD | {CONFIG_FILE: b" " * 1001}, "1001 bytes are more than allowed|larger than the 1000 bytes allowed"),
+        (
+            GOOD | {CONFIG_FILE: b" " * 1001},
+            "1001 bytes are more than allowed|larger than the 1000 bytes allowed",
+        ),
         (GOOD | {WEIGHTS_FILE: bytes(100_001)}, "100001 bytes are more|larger than the 100000 bytes allowed"),
         ({f"{index}": b"" for index in range(17)}, "archive: has more than 16 members"),
         ({"README.md": b""}, "adapter_config.json: is not in the archive"),
@@ -169,8 +185,15 @@ def test_a_bomb_ends_early(pack: Callable[[dict[str, bytes]], bytes], tmp_path: 
     data = pack(GOOD | {WEIGHTS_FILE: bomb} if pack is zipped else {"README.md": bomb, **GOOD})
     start = time.process_time()
     refusal(data, tmp_path)
-    assert time.process_time() - start < 0.1
+    assert time.process_time() - start < 0.3
     assert sum(entry.stat().st_size for entry in (tmp_path / "staged").iterdir()) <= 101_000
+
+
+def test_many_members_share_one_budget(tmp_path: Path) -> None:
+    members = GOOD | {f"extra-{index}": bytes(900_000) for index in range(3)}
+    assert "archive: unpacks to more than an adapter may have" in str(
+        refusal(gzip.compress(tar(members), 1), tmp_path)
+    )
 
 
 LINKS = {
@@ -202,7 +225,11 @@ def test_a_file_twice_in_a_zip(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for _ in range(2):
-            with pytest.warns(UserWarning, match="Duplicate") if CONFIG_FILE in archive.namelist() else no_warning():
+            with (
+                pytest.warns(UserWarning, match="Duplicate")
+                if CONFIG_FILE in archive.namelist()
+                else no_warning()
+            ):
                 archive.writestr(CONFIG_FILE, b"{}")
     assert f'"{CONFIG_FILE}": is there twice' in str(refusal(buffer.getvalue(), tmp_path))
 
@@ -228,7 +255,9 @@ def test_extended_headers_are_bounded(tmp_path: Path) -> None:
     assert "an extended header that is too long" in str(refusal(pax(comment="x" * 100_000), tmp_path))
 
 
-@pytest.mark.parametrize("records", [b"nonsense", b"99 a=b\n", b"2 a=b\n", b"-5 a=b\n", b"9" * 6000 + b" a=b\n"])
+@pytest.mark.parametrize(
+    "records", [b"nonsense", b"99 a=b\n", b"2 a=b\n", b"-5 a=b\n", b"9" * 6000 + b" a=b\n"]
+)
 def test_malformed_extended_headers(records: bytes, tmp_path: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, len(records)
@@ -273,8 +302,14 @@ def test_zip_tricks(tmp_path: Path) -> None:
             (zipped(GOOD, zipfile.ZIP_LZMA), "is compressed by another method than deflate"),
             (wrong_crc, "archive: cannot be read to its end"),
             (zipped(GOOD)[:-10], "is a .zip without an end"),
-            (edited_zip(lambda data: data.__setitem__(slice(end + 12, end + 16), b"\xff\xff\xff\x7f")), "more than 16"),
-            (edited_zip(lambda data: data.__setitem__(slice(end, end), b"PK\x06\x07" + bytes(16))), "is a zip64 file"),
+            (
+                edited_zip(lambda data: data.__setitem__(slice(end + 12, end + 16), b"\xff\xff\xff\x7f")),
+                "more than 16",
+            ),
+            (
+                edited_zip(lambda data: data.__setitem__(slice(end, end), b"PK\x06\x07" + bytes(16))),
+                "is a zip64 file",
+            ),
             (b"PK\x03\x04" + bytes(100), "is a .zip without an end"),
         ]
     ):
@@ -283,7 +318,9 @@ def test_zip_tricks(tmp_path: Path) -> None:
         assert sentence in str(refusal(data, directory))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x80\x04K\x01.", b"BZh9" + bytes(100), b"\xfd7zXZ\0" + bytes(100), bytes(10_000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x04K\x01.", b"BZh9" + bytes(100), b"\xfd7zXZ\0" + bytes(100), bytes(10_000)]
+)
 def test_other_formats(data: bytes, tmp_path: Path) -> None:
     assert "archive: is not a .zip, .tar, .tar.gz or .tar.zst file" in str(refusal(data, tmp_path))
 

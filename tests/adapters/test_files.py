@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,13 @@ def test_copy_bounded_blames_the_right_side(tmp_path: Path) -> None:
         copy_bounded(io.BytesIO(b"x"), tmp_path / "missing" / "copy", 10)
     with pytest.raises(StorageError, match="a file cannot be created"):
         copy_bounded(io.BytesIO(b"x"), tmp_path / "copy", 10)
+
+
+def test_a_copy_that_does_not_fit_is_a_storage_error(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(StorageError, match="a file cannot be written: File too large"):
+            copy_bounded(io.BytesIO(b"0123456789"), tmp_path / "copy", 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -26,7 +26,9 @@ from loramux_adapters.weights import LoraWeights
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 V1 = "base_model.model.model.layers.1.self_attn.v_proj"
 A0 = f"{Q0}.lora_A.weight"
-LIMITS = GateLimits(max_file_bytes=64 * 1024, max_header_bytes=16 * 1024, max_tensors=64, max_config_bytes=8192)
+LIMITS = GateLimits(
+    max_file_bytes=64 * 1024, max_header_bytes=16 * 1024, max_tensors=64, max_config_bytes=8192
+)
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,25 @@ def entry(**fields: object) -> Callable[[Any], object]:
 CONFIG_CASES = [
     Case("no config", config_raw(None), "adapter_config.json: is missing"),
     Case("empty config", config_raw(b""), "adapter_config.json: is not valid JSON"),
-    Case("config is a list", config_raw(b"[]"), "adapter_config.json: is not valid JSON: it is not an object"),
+    Case(
+        "config is a list", config_raw(b"[]"), "adapter_config.json: is not valid JSON: it is not an object"
+    ),
     Case("config is cut", config_text(lambda text: text[:-5]), "adapter_config.json: is not valid JSON"),
     Case("config is not UTF-8", config_raw(b'{"r": "\xff"}'), "adapter_config.json: is not valid JSON"),
-    Case("config has a BOM", config_text(lambda text: "\ufeff" + text), "adapter_config.json: is not valid JSON"),
+    Case(
+        "config has a BOM",
+        config_text(lambda text: "\ufeff" + text),
+        "adapter_config.json: is not valid JSON",
+    ),
     Case("key twice", config_text(lambda text: '{"r": 4, ' + text[1:]), 'not valid JSON: duplicate name "r"'),
     Case("NaN", config_text(lambda text: text.replace(" 8,", " NaN,", 1)), "not valid JSON: NaN is not JSON"),
     Case("nested deep", config_raw(b"[" * 5000), "not valid JSON: it is nested too deeply"),
-    Case("endless number", config_raw(b'{"r": ' + b"9" * 5000 + b"}"), "adapter_config.json: is not valid JSON"),
-    Case("huge config", config_raw(b" " * 8193), "adapter_config.json: is larger than the 8192 bytes allowed"),
+    Case(
+        "endless number", config_raw(b'{"r": ' + b"9" * 5000 + b"}"), "adapter_config.json: is not valid JSON"
+    ),
+    Case(
+        "huge config", config_raw(b" " * 8193), "adapter_config.json: is larger than the 8192 bytes allowed"
+    ),
     field("r", True, "r: must be an integer from 1 to 512, not true"),
     field("r", 0, "r: must be an integer from 1 to 512, not 0"),
     field("r", -1, "r: must be an integer from 1 to 512, not -1"),
@@ -123,30 +135,44 @@ CONFIG_CASES = [
     field("lora_alpha", "8", 'lora_alpha: must be a number above 0 and at most 65536, not "8"'),
     field("lora_alpha", True, "lora_alpha: must be a number above 0"),
     field("lora_alpha", 1e30, "lora_alpha: must be a number above 0 and at most 65536"),
-    Case("alpha overflows", config_text(lambda t: t.replace(" 8,", " 1e999,", 1)), "lora_alpha: must be a number"),
+    Case(
+        "alpha overflows",
+        config_text(lambda t: t.replace(" 8,", " 1e999,", 1)),
+        "lora_alpha: must be a number",
+    ),
     field("use_rslora", "yes", 'use_rslora: must be true or false, not "yes"'),
     field("target_modules", "([a-z._0-9]+)+!", "is a pattern, write the literal module names as a list"),
-    field("target_modules", ["q_proj", ".*v_proj"], 'target_modules: ".*v_proj" is not a literal module name'),
+    field(
+        "target_modules", ["q_proj", ".*v_proj"], 'target_modules: ".*v_proj" is not a literal module name'
+    ),
     field("target_modules", ["../q_proj"], 'target_modules: "../q_proj" is not a literal module name'),
     field("target_modules", [["q_proj"]], 'target_modules: ["q_proj"] is not a literal module name'),
     field("target_modules", {"q_proj": 1}, "target_modules: must be a list of 1 to"),
     field("target_modules", [], "target_modules: must be a list of 1 to"),
     field("target_modules", None, "target_modules: must be a list of 1 to"),
-    field("rank_pattern", {"^model.*q_proj": 8}, 'rank_pattern: "^model.*q_proj" is not a literal module name'),
+    field(
+        "rank_pattern", {"^model.*q_proj": 8}, 'rank_pattern: "^model.*q_proj" is not a literal module name'
+    ),
     field("rank_pattern", {"q_proj": 1e9}, "rank_pattern.q_proj: must be an integer from 1 to 512"),
     field("rank_pattern", [1], "rank_pattern: must map at most"),
     field("alpha_pattern", {"q_proj": "inf"}, "alpha_pattern.q_proj: must be a number above 0"),
     field("alpha_pattern", {"(.*)+$": 8}, 'alpha_pattern: "(.*)+$" is not a literal module name'),
-    field("alpha_pattern", {"q_proj": 1, "self_attn.q_proj": 2}, "alpha_pattern: 'q_proj' and 'self_attn.q_proj'"),
+    field(
+        "alpha_pattern",
+        {"q_proj": 1, "self_attn.q_proj": 2},
+        "alpha_pattern: 'q_proj' and 'self_attn.q_proj'",
+    ),
     field("peft_type", "XLORA", 'peft_type: "XLORA" is not served, it must be "LORA"'),
     field("peft_type", None, 'peft_type: null is not served, it must be "LORA"'),
     field("peft_type", ["LORA"], 'peft_type: ["LORA"] is not served'),
     field("task_type", "SEQ_CLS", 'task_type: "SEQ_CLS" is not served, it must be "CAUSAL_LM"'),
     field("use_dora", True, "use_dora: true is not supported: DoRA is not served"),
     field("modules_to_save", ["lm_head"], 'modules_to_save: ["lm_head"] is not supported'),
-    field("bias", "all", "bias: \"all\" is not supported: trained biases belong to the base"),
+    field("bias", "all", 'bias: "all" is not supported: trained biases belong to the base'),
     field("lora_bias", True, "lora_bias: true is not supported"),
-    field("layers_to_transform", [0], "layers_to_transform: [0] is not supported: write the full module names"),
+    field(
+        "layers_to_transform", [0], "layers_to_transform: [0] is not supported: write the full module names"
+    ),
     field("layers_pattern", ["layers"], 'layers_pattern: ["layers"] is not supported'),
     field("exclude_modules", ["q_proj"], 'exclude_modules: ["q_proj"] is not supported'),
     field("fan_in_fan_out", True, "fan_in_fan_out: true is not supported"),
@@ -174,7 +200,11 @@ CONFIG_CASES = [
     field("kasa_config", {"beta": 1}, "KaSA is not served"),
     field("velora_config", {"rank": 1}, "VeLoRA is not served"),
     field("monteclora_config", {"n": 1}, "MonteCLoRA is not served"),
-    field("init_lora_weights", "pissa", 'init_lora_weights: "pissa" is not accepted: this initialisation changes'),
+    field(
+        "init_lora_weights",
+        "pissa",
+        'init_lora_weights: "pissa" is not accepted: this initialisation changes',
+    ),
     field("init_lora_weights", "pissa_niter_4", "convert the adapter with save_pretrained"),
     field("init_lora_weights", "olora", "convert the adapter with save_pretrained"),
     field("init_lora_weights", "corda", "convert the adapter with save_pretrained"),
@@ -187,19 +217,57 @@ CONFIG_CASES = [
     field("base_model_name_or_path", "a\nb", "base_model_name_or_path: must be printable text"),
     field("base_model_name_or_path", "\ud800", "base_model_name_or_path: must be printable text"),
     field("base_model_name_or_path", ["x"], "base_model_name_or_path: must be printable text"),
-    field("loramux_base_identity", "nf4:other", '"nf4:other", this one is "nf4:1234"', "identity of another base"),
+    field(
+        "loramux_base_identity",
+        "nf4:other",
+        '"nf4:other", this one is "nf4:1234"',
+        "identity of another base",
+    ),
     field("loramux_base_identity", {"x": 1}, "loramux_base_identity: must be the identity loramux wrote"),
+]
+BOTH_FILES_CASES = [
+    Case(
+        "config and an empty tensor",
+        lambda files: (config(use_dora=True)(files), files.tensors.update({A0: torch.ones(0, 16)})),
+        f'"{A0}": has no values, its shape is [0, 16]',
+        faults=2,
+    ),
+    Case(
+        "config and truncated data",
+        lambda f: (config(r=0)(f), file_bytes(lambda d: d[:-1])(f)),
+        "end at byte",
+        2,
+    ),
 ]
 # A changed r or target list makes the tensors wrong too: these break more than one thing.
 CONFIG_AND_TENSOR_CASES = [
     Case("rank lies", config(r=8), f'"{A0}": expected shape [8, 16], found [4, 16]', faults=8),
-    Case("rank pattern lies", config(rank_pattern={"layers.0.self_attn.q_proj": 2}), "expected shape [2, 16]", 2),
-    Case("targets no module of the base", config(target_modules=["c_attn"]), "match no linear of the base", 9),
-    Case("targets more", config(target_modules=["q_proj", "v_proj", "down_proj"]), "is missing, expected shape", 4),
-    Case("targets less", config(target_modules=["q_proj"]), "is not called for: target_modules does not name it", 4),
+    Case(
+        "rank pattern lies",
+        config(rank_pattern={"layers.0.self_attn.q_proj": 2}),
+        "expected shape [2, 16]",
+        2,
+    ),
+    Case(
+        "targets no module of the base", config(target_modules=["c_attn"]), "match no linear of the base", 9
+    ),
+    Case(
+        "targets more",
+        config(target_modules=["q_proj", "v_proj", "down_proj"]),
+        "is missing, expected shape",
+        4,
+    ),
+    Case(
+        "targets less",
+        config(target_modules=["q_proj"]),
+        "is not called for: target_modules does not name it",
+        4,
+    ),
 ]
 TENSOR_CASES = [
-    extra("base_model.model.model.norm.weight", "is not a LoRA weight, and an adapter may carry nothing else"),
+    extra(
+        "base_model.model.model.norm.weight", "is not a LoRA weight, and an adapter may carry nothing else"
+    ),
     extra(f"{Q0}.base_layer.weight", "is not a LoRA weight"),
     extra("base_model.model.lm_head.weight", "is not a LoRA weight"),
     extra("base_model.model.model.layers.0.mlp.gate_proj.weight", "is not a LoRA weight"),
@@ -211,12 +279,16 @@ TENSOR_CASES = [
     extra(f"{Q0}.lora_A.default.weight", "gives the same weight a second time"),
     extra(f"{Q0}.lora_magnitude_vector", "belongs to DoRA, which is not served"),
     extra("base_model.model.model.embed_tokens.lora_embedding_A", "adapts an embedding, which is not served"),
-    extra("base_model.model.lm_head.modules_to_save.weight", "replaces a module of the base, which is shared"),
+    extra(
+        "base_model.model.lm_head.modules_to_save.weight", "replaces a module of the base, which is shared"
+    ),
     extra("base_model.model.model.layers.99.self_attn.q_proj.lora_A.weight", "it is no linear of this base"),
     extra("base_model.model.model.layers.0.mlp.down_proj.lora_B.weight", "is not called for: target_modules"),
     extra("model.layers.0.self_attn.q_proj.lora_A.weight", "is not called for"),
     Case("no A", tensors(lambda found: found.pop(A0)), f'"{A0}": is missing, expected shape [4, 16]'),
-    Case("no B", tensors(lambda found: found.pop(f"{V1}.lora_B.weight")), "is missing, expected shape [8, 4]"),
+    Case(
+        "no B", tensors(lambda found: found.pop(f"{V1}.lora_B.weight")), "is missing, expected shape [8, 4]"
+    ),
     Case("no tensors", tensors(lambda found: found.clear()), "is missing, expected shape", faults=8),
     Case(
         "a layer missing",
@@ -224,7 +296,11 @@ TENSOR_CASES = [
         "is missing, expected shape",
         faults=4,
     ),
-    Case("transposed", tensors(lambda f: f.update({A0: f[A0].T.contiguous()})), "expected shape [4, 16], found [16, 4]"),
+    Case(
+        "transposed",
+        tensors(lambda f: f.update({A0: f[A0].T.contiguous()})),
+        "expected shape [4, 16], found [16, 4]",
+    ),
     Case("flat", tensors(lambda f: f.update({A0: f[A0].view(-1)})), "expected shape [4, 16], found [64]"),
     Case("one more row", tensors(lambda f: f.update({A0: torch.ones(5, 16)})), "found [5, 16]"),
     Case("no rows", tensors(lambda f: f.update({A0: torch.ones(0, 16)})), "found [0, 16]"),
@@ -232,7 +308,9 @@ TENSOR_CASES = [
     Case("int8", tensors(lambda f: f.update({A0: f[A0].to(torch.int8)})), "dtype I8 is not served"),
     Case("packed", tensors(lambda f: f.update({A0: f[A0].to(torch.uint8)})), "must be one of F32, F16, BF16"),
     Case("double", tensors(lambda f: f.update({A0: f[A0].double()})), "dtype F64 is not served"),
-    Case("fp8", tensors(lambda f: f.update({A0: f[A0].to(torch.float8_e4m3fn)})), "dtype F8_E4M3 is not served"),
+    Case(
+        "fp8", tensors(lambda f: f.update({A0: f[A0].to(torch.float8_e4m3fn)})), "dtype F8_E4M3 is not served"
+    ),
     Case("NaN weight", poison(A0, float("nan")), f'"{A0}": has values that are NaN or infinite'),
     Case("inf weight", poison(f"{V1}.lora_B.weight", float("inf")), "has values that are NaN or infinite"),
     Case("-inf weight", poison(A0, float("-inf")), "has values that are NaN or infinite"),
@@ -246,23 +324,59 @@ FILE_CASES = [
     Case("no weights", file_bytes(lambda data: b""), "adapter_model.safetensors: 0 bytes are too short"),
     Case("seven bytes", file_bytes(lambda data: data[:7]), "7 bytes are too short for a safetensors file"),
     Case("header only", file_bytes(lambda data: data[:8]), "but the file has 8 in all"),
-    Case("weights missing", lambda f: f.raw.update({WEIGHTS_FILE: None}), "adapter_model.safetensors: is missing"),
-    Case("header length lies", file_bytes(lambda d: (15000).to_bytes(8, "little") + d[8:]), "claims 15000 bytes, but"),
-    Case("header length 2**63", file_bytes(lambda d: (2**63).to_bytes(8, "little") + d[8:]), "at most 16384 are read"),
-    Case("header bomb", file_bytes(lambda d: with_header("{" + " " * 20000 + "}")), "claims 20002 bytes, at most"),
+    Case(
+        "weights missing",
+        lambda f: f.raw.update({WEIGHTS_FILE: None}),
+        "adapter_model.safetensors: is missing",
+    ),
+    Case(
+        "header length lies",
+        file_bytes(lambda d: (15000).to_bytes(8, "little") + d[8:]),
+        "claims 15000 bytes, but",
+    ),
+    Case(
+        "header length 2**63",
+        file_bytes(lambda d: (2**63).to_bytes(8, "little") + d[8:]),
+        "at most 16384 are read",
+    ),
+    Case(
+        "header bomb",
+        file_bytes(lambda d: with_header("{" + " " * 20000 + "}")),
+        "claims 20002 bytes, at most",
+    ),
     Case("file bomb", file_bytes(lambda data: data + bytes(70000)), "at most 65536 are allowed"),
-    Case("header not JSON", file_bytes(lambda data: with_header("{nonsense}")), "the header is not valid JSON"),
+    Case(
+        "header not JSON", file_bytes(lambda data: with_header("{nonsense}")), "the header is not valid JSON"
+    ),
     Case("header is a list", file_bytes(lambda data: with_header("[]")), "the header is not a JSON object"),
     Case("header is empty", file_bytes(lambda data: bytes(8)), "the header is not a JSON object"),
     Case("space before header", header_text(lambda text: " " + text), "the header is not a JSON object"),
-    Case("header not UTF-8", file_bytes(lambda d: with_header('{"\udc80": 1}')), "the header is not valid JSON"),
-    Case("tensor twice", header_text(lambda t: '{"x": 1, "x": 2, ' + t[1:]), 'valid JSON: duplicate name "x"'),
-    Case("field twice", header_text(lambda t: t.replace('"dtype"', '"dtype":"I32","dtype"', 1)), "duplicate name"),
+    Case(
+        "header not UTF-8", file_bytes(lambda d: with_header('{"\udc80": 1}')), "the header is not valid JSON"
+    ),
+    Case(
+        "tensor twice", header_text(lambda t: '{"x": 1, "x": 2, ' + t[1:]), 'valid JSON: duplicate name "x"'
+    ),
+    Case(
+        "field twice",
+        header_text(lambda t: t.replace('"dtype"', '"dtype":"I32","dtype"', 1)),
+        "duplicate name",
+    ),
     Case("two objects", header_text(lambda text: text.rstrip() + "{}"), "the header is not valid JSON"),
     Case("truncated data", file_bytes(lambda data: data[:-1]), "the tensors end at byte"),
     Case("trailing data", file_bytes(lambda data: data + b"PK"), "the tensors end at byte"),
-    Case("hole", header(lambda h: h[A0].update(data_offsets=[o + 4096 for o in h[A0]["data_offsets"]])), "a hole", 3),
-    Case("overlap", header(lambda h: h[A0].update(data_offsets=h[f"{Q0}.lora_B.weight"]["data_offsets"])), "overlaps", 2),
+    Case(
+        "hole",
+        header(lambda h: h[A0].update(data_offsets=[o + 4096 for o in h[A0]["data_offsets"]])),
+        "a hole",
+        3,
+    ),
+    Case(
+        "overlap",
+        header(lambda h: h[A0].update(data_offsets=h[f"{Q0}.lora_B.weight"]["data_offsets"])),
+        "overlaps",
+        2,
+    ),
     Case("offset far outside", entry(data_offsets=[2**40, 2**40 + 256]), "a hole", 3),
     Case("offsets swapped", entry(data_offsets=[256, 0]), "takes 256 bytes, data_offsets [256, 0] give -256"),
     Case("offsets negative", entry(data_offsets=[-256, 0]), "data_offsets must be two sizes, not [-256, 0]"),
@@ -281,18 +395,30 @@ FILE_CASES = [
     Case("field unknown", entry(url="file:///"), "must have exactly dtype, shape and data_offsets"),
     Case("field missing", header(lambda parsed: parsed[A0].pop("dtype")), "must have exactly dtype, shape"),
     Case("entry is null", header(lambda parsed: parsed.update({A0: None})), "must have exactly dtype, shape"),
-    Case("metadata not text", header(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ must map text to text"),
-    Case("metadata a list", header(lambda h: h.update(__metadata__=[])), "__metadata__ must map text to text"),
+    Case(
+        "metadata not text",
+        header(lambda h: h.update(__metadata__={"a": 1})),
+        "__metadata__ must map text to text",
+    ),
+    Case(
+        "metadata a list", header(lambda h: h.update(__metadata__=[])), "__metadata__ must map text to text"
+    ),
     Case(
         "many tensors",
-        header(lambda h: h.update({str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(64)})),
+        header(
+            lambda h: h.update(
+                {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(64)}
+            )
+        ),
         "72 tensors are more than the 64 allowed",
     ),
     Case("a pickle", file_bytes(lambda data: pickle.dumps({"a": 1})), "adapter_model.safetensors: "),
-    Case("a zip, as torch.save writes", file_bytes(lambda data: b"PK\x03\x04" + data), "at most 16384 are read"),
+    Case(
+        "a zip, as torch.save writes", file_bytes(lambda data: b"PK\x03\x04" + data), "at most 16384 are read"
+    ),
     Case("GGUF", file_bytes(lambda data: b"GGUF" + data), "at most 16384 are read"),
 ]
-CASES = CONFIG_CASES + CONFIG_AND_TENSOR_CASES + TENSOR_CASES + FILE_CASES
+CASES = CONFIG_CASES + BOTH_FILES_CASES + CONFIG_AND_TENSOR_CASES + TENSOR_CASES + FILE_CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -366,9 +492,13 @@ def test_what_is_no_file_is_refused_at_once(
         LoraWeights.read(tmp_path, tiny_geometry)
 
 
-def test_a_pickled_adapter_gets_advice(adapter_files: Any, tiny_geometry: BaseGeometry, tmp_path: Path) -> None:
+def test_a_pickled_adapter_gets_advice(
+    adapter_files: Any, tiny_geometry: BaseGeometry, tmp_path: Path
+) -> None:
     adapter_files.raw = {WEIGHTS_FILE: None, "adapter_model.bin": pickle.dumps(1)}
-    with pytest.raises(InvalidAdapter, match="is missing, and adapter_model.bin does not count, it is a pickle"):
+    with pytest.raises(
+        InvalidAdapter, match="is missing, and adapter_model.bin does not count, it is a pickle"
+    ):
         LoraWeights.read(adapter_files.write(tmp_path), tiny_geometry)
 
 

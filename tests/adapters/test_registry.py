@@ -102,7 +102,9 @@ def test_without_overwrite_a_taken_name_is_a_conflict(
     registry: AdapterRegistry, generations: list[str]
 ) -> None:
     registry.put("a", generations[0], source="upload", overwrite=False)
-    registry.put("a", generations[0], source="upload", overwrite=False)  # the same content: what was asked for
+    registry.put(
+        "a", generations[0], source="upload", overwrite=False
+    )  # the same content: what was asked for
     with pytest.raises(AdapterConflict, match="name: 'a' is taken") as caught:
         registry.put("a", generations[1], source="upload", overwrite=False)
     assert caught.value.param == "name"
@@ -128,7 +130,24 @@ def test_good_names(registry: AdapterRegistry, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "/a", "a/", "a//b", "a/../b", "a/.b", "-a", "_a", "a b", "a@b", "a\n", "ä", "x" * 129, "a\\b"],
+    [
+        "",
+        ".",
+        "..",
+        "/a",
+        "a/",
+        "a//b",
+        "a/../b",
+        "a/.b",
+        "-a",
+        "_a",
+        "a b",
+        "a@b",
+        "a\n",
+        "ä",
+        "x" * 129,
+        "a\\b",
+    ],
 )
 def test_bad_names(registry: AdapterRegistry, generations: list[str], name: str) -> None:
     with pytest.raises(RequestError, match="name: .* is not an adapter name") as caught:
@@ -171,7 +190,14 @@ def test_resolve_pins_a_generation_of_the_names_history(
     pinned = registry.resolve(f"a@{generations[0][:8]}")
     assert (pinned.name, pinned.generation, pinned.source) == ("a", generations[0], "upload")
     assert registry.resolve(f"a@{generations[0]}").generation == generations[0]
-    for model in [f"a@{generations[2][:8]}", f"a@{generations[0][:7]}", "a@", "@", "zzz", f"z@{generations[0]}"]:
+    for model in [
+        f"a@{generations[2][:8]}",
+        f"a@{generations[0][:7]}",
+        "a@",
+        "@",
+        "zzz",
+        f"z@{generations[0]}",
+    ]:
         with pytest.raises(UnknownAdapter) as caught:
             registry.resolve(model)
         assert caught.value.param == "model"
@@ -189,7 +215,9 @@ def test_an_ambiguous_pin_is_refused(
     assert registry.resolve("a@12345678a").generation.endswith("a")
 
 
-def test_rollback_goes_back_and_forth(registry: AdapterRegistry, generations: list[str], tmp_path: Path) -> None:
+def test_rollback_goes_back_and_forth(
+    registry: AdapterRegistry, generations: list[str], tmp_path: Path
+) -> None:
     for generation in generations:
         registry.put("a", generation, source="upload")
     assert registry.rollback("a").generation == generations[1]
@@ -207,6 +235,15 @@ def test_rollback_without_a_past(registry: AdapterRegistry, generations: list[st
         registry.rollback("a")
     with pytest.raises(UnknownAdapter, match="has no generation beginning with"):
         registry.rollback("a", generations[1][:8])
+
+
+def test_rollback_to_what_is_lost(registry: AdapterRegistry, generations: list[str]) -> None:
+    registry.put("a", generations[0], source="upload")
+    registry.put("a", generations[1], source="upload")
+    registry.store.delete(generations[0])
+    with pytest.raises(StorageError, match="is not in the adapter store"):
+        registry.rollback("a")
+    assert registry.get("a").generation == generations[1]
 
 
 def test_history_is_bounded(tmp_path: Path, store: GenerationStore, make_lora_weights: MakeWeights) -> None:
@@ -288,7 +325,9 @@ def test_scanned_folders_are_remembered(registry: AdapterRegistry, tmp_path: Pat
     again.close()
 
 
-def test_a_failed_write_changes_nothing(registry: AdapterRegistry, generations: list[str], tmp_path: Path) -> None:
+def test_a_failed_write_changes_nothing(
+    registry: AdapterRegistry, generations: list[str], tmp_path: Path
+) -> None:
     registry.put("a", generations[0], source="upload")
     blocker = sqlite3.connect(tmp_path / "registry.db", isolation_level=None)
     registry._database._connection.execute("PRAGMA busy_timeout = 10")
@@ -449,9 +488,9 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        assert {record.name: [entry.generation for entry in record.history] for record in self.registry.list()} == (
-            self.histories
-        )
+        assert {
+            record.name: [entry.generation for entry in record.history] for record in self.registry.list()
+        } == (self.histories)
         assert all(generation in self.store for generation in self.needed())
         assert all(self.registry.in_flight(generation) == self.held[generation] for generation in self.store)
 

@@ -49,7 +49,9 @@ def test_the_library_reads_what_we_write() -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"x": {"a": 1, "a": 2}}', "[NaN]", "[-Infinity]", "[" * 9999])
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "a": 2}', '{"x": {"a": 1, "a": 2}}', "[NaN]", "[-Infinity]", "[" * 9999]
+)
 def test_strict_json_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"duplicate name|is not JSON|nested too deeply"):
         strict_json(text.encode())
@@ -93,7 +95,10 @@ def test_never_accepts_what_the_library_refuses(header: dict[str, object], data_
 @given(st.data())
 def test_accepts_every_layout_that_is_whole(data: st.DataObject) -> None:
     shapes = data.draw(
-        st.lists(st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 4), max_size=3)), max_size=5)
+        st.lists(
+            st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 4), max_size=3)),
+            max_size=5,
+        )
     )
     tensors = [(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(shapes)]
     header = encode_header(tensors, {})

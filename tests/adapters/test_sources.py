@@ -64,7 +64,9 @@ def test_directory(adapter: Path, staging: Path, tiny_geometry: BaseGeometry) ->
     assert_staged(staged, adapter, tiny_geometry)
 
 
-def test_directory_with_roots(adapter: Path, staging: Path, tiny_geometry: BaseGeometry, tmp_path: Path) -> None:
+def test_directory_with_roots(
+    adapter: Path, staging: Path, tiny_geometry: BaseGeometry, tmp_path: Path
+) -> None:
     (tmp_path / "alias").symlink_to(tmp_path / "adapters")
     assert_staged(stage_directory(adapter, staging, roots=[tmp_path / "alias"]), adapter, tiny_geometry)
 
@@ -123,11 +125,23 @@ def test_clean_staging(staging: Path) -> None:
 
 @pytest.mark.parametrize(
     "reference",
-    ["hf://", "hf://repo", "hf://a/b/c", "hf://../b", "hf://a/b@", "hf://a/b@../x", "https://a/b", "a/b", "hf://a/b@-x"],
+    [
+        "hf://",
+        "hf://repo",
+        "hf://a/b/c",
+        "hf://../b",
+        "hf://a/b@",
+        "hf://a/b@../x",
+        "https://a/b",
+        "a/b",
+        "hf://a/b@-x",
+    ],
 )
 def test_malformed_hub_references(reference: str, staging: Path) -> None:
     assert_refused(
-        lambda: stage_hub(reference, staging, hub=HuggingFaceHub()), "is not hf://organisation/repository", staging
+        lambda: stage_hub(reference, staging, hub=HuggingFaceHub()),
+        "is not hf://organisation/repository",
+        staging,
     )
 
 
@@ -162,7 +176,10 @@ def test_hub_downloads_the_resolved_commit(adapter: Path, staging: Path, tiny_ge
 def test_hub_repository_without_an_adapter(adapter: Path, staging: Path) -> None:
     for sizes, sentence in [
         ({}, "adapter_config.json: is not in the repository; adapter_model.safetensors: is not in"),
-        ({CONFIG_FILE: 1, "adapter_model.bin": 1}, "is not in the repository, only a .bin, and it is a pickle"),
+        (
+            {CONFIG_FILE: 1, "adapter_model.bin": 1},
+            "is not in the repository, only a .bin, and it is a pickle",
+        ),
         ({CONFIG_FILE: 1, WEIGHTS_FILE: 2**40}, f"{2**40} bytes, at most 2147483648 are allowed"),
     ]:
         hub = FakeHub(adapter, sizes)
@@ -202,8 +219,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint(adapter: Path) -> Iterator[str]:
-    handler = type("Handler", (HubHandler,), {"files": {n: (adapter / n).read_bytes() for n in ADAPTER_FILES}})
+def endpoint(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    handler = type(
+        "Handler", (HubHandler,), {"files": {n: (adapter / n).read_bytes() for n in ADAPTER_FILES}}
+    )
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -212,7 +232,9 @@ def endpoint(adapter: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_the_hubs_own_client(endpoint: str, adapter: Path, staging: Path, tiny_geometry: BaseGeometry) -> None:
+def test_the_hubs_own_client(
+    endpoint: str, adapter: Path, staging: Path, tiny_geometry: BaseGeometry
+) -> None:
     hub = HuggingFaceHub(endpoint=endpoint)
     staged = stage_hub("hf://org/repo", staging, hub=hub)
     assert staged.origin == f"hf://org/repo@{COMMIT}"
@@ -224,7 +246,11 @@ def test_the_hubs_own_client(endpoint: str, adapter: Path, staging: Path, tiny_g
     )
 
 
-def test_an_unreachable_hub_is_said_clearly(staging: Path) -> None:
-    with pytest.raises(AdapterUnavailable, match="hub cannot be reached") as caught:
+@pytest.mark.parametrize(("offline", "why"), [(True, "OfflineModeIsEnabled"), (False, "ConnectError")])
+def test_an_unreachable_hub_is_said_clearly(
+    staging: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, why: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    with pytest.raises(AdapterUnavailable, match=rf"hub cannot be reached \({why}\)") as caught:
         stage_hub("hf://org/repo", staging, hub=HuggingFaceHub(endpoint="http://127.0.0.1:9"))
     assert (caught.value.param, caught.value.code) == ("source", "source_unavailable")

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from loramux_adapters.errors import InvalidAdapter
 from loramux_adapters.spec import ALL_LINEAR, AdapterSpec, BaseGeometry
 
-PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+PLAIN = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 8,
+    "lora_alpha": 16,
+    "target_modules": ["q_proj"],
+}
 
 
 def refusal(config: dict[str, object]) -> str:
@@ -30,7 +36,9 @@ def test_plain_config() -> None:
 def test_every_default_of_the_installed_peft_is_accepted() -> None:
     from peft import LoraConfig
 
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM").to_dict()
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM"
+    ).to_dict()
     spec = AdapterSpec.from_config(json.loads(json.dumps(config, default=list)))
     assert spec.target_modules == ("q_proj", "v_proj")
     assert AdapterSpec.from_config(config) == spec  # enums and sets, as the trainer holds them
@@ -64,7 +72,9 @@ def test_harmless_fields_are_accepted(neutral: dict[str, object]) -> None:
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(InvalidAdapter) as caught:
-        AdapterSpec.from_config(PLAIN | {"r": 0, "lora_alpha": "x", "use_dora": True, "bias": "all", "what": 1})
+        AdapterSpec.from_config(
+            PLAIN | {"r": 0, "lora_alpha": "x", "use_dora": True, "bias": "all", "what": 1}
+        )
     assert [fault.where for fault in caught.value.faults] == ["r", "lora_alpha", "use_dora", "bias", '"what"']
     assert caught.value.param is None
 
@@ -80,6 +90,13 @@ def test_message_stays_short_and_printable() -> None:
     assert message.isascii()
     assert message.isprintable()
     assert len(message) < 600
+
+
+def test_a_value_too_deep_to_show() -> None:
+    nested: list[object] = []
+    for _ in range(5000):
+        nested = [nested]
+    assert "use_dora: a deeply nested value is not supported" in refusal(PLAIN | {"use_dora": nested})
 
 
 def test_max_rank_is_the_callers() -> None:
@@ -159,7 +176,9 @@ def test_canonical_depends_on_every_field(change: dict[str, object]) -> None:
     ("trained_on", "warned"),
     [("org/tiny", False), ("/models/tiny/", False), ("Org/TINY", False), (None, False), ("org/huge", True)],
 )
-def test_warning_about_another_base(tiny_geometry: BaseGeometry, trained_on: str | None, warned: bool) -> None:
+def test_warning_about_another_base(
+    tiny_geometry: BaseGeometry, trained_on: str | None, warned: bool
+) -> None:
     spec = AdapterSpec(r=1, lora_alpha=1, target_modules=("q_proj",), base_model_name_or_path=trained_on)
     warnings = spec.warnings(tiny_geometry)
     assert bool(warnings) == warned

@@ -86,7 +86,9 @@ def test_absent_generation(store: GenerationStore) -> None:
     assert not store.delete("a" * 64)
 
 
-def test_a_cut_file_is_noticed_and_published_anew(store: GenerationStore, make_lora_weights: MakeWeights) -> None:
+def test_a_cut_file_is_noticed_and_published_anew(
+    store: GenerationStore, make_lora_weights: MakeWeights
+) -> None:
     generation = store.publish(make_lora_weights())
     path = store.path(generation) / WEIGHTS_FILE
     path.chmod(0o644)
@@ -127,7 +129,9 @@ def test_verify_notices_one_flipped_bit(
         store.verify(generation)
 
 
-def test_verify_notices_another_generations_content(store: GenerationStore, make_lora_weights: MakeWeights) -> None:
+def test_verify_notices_another_generations_content(
+    store: GenerationStore, make_lora_weights: MakeWeights
+) -> None:
     one, other = store.publish(make_lora_weights(1)), store.publish(make_lora_weights(2))
     data = (store.path(other) / WEIGHTS_FILE).read_bytes()
     path = store.path(one) / WEIGHTS_FILE
@@ -145,7 +149,23 @@ def test_delete(store: GenerationStore, make_lora_weights: MakeWeights) -> None:
     assert not store.delete(generation)
 
 
-def test_sweep_keeps_what_is_named_and_what_is_new(store: GenerationStore, make_lora_weights: MakeWeights) -> None:
+def test_what_cannot_be_deleted_is_said(
+    store: GenerationStore, make_lora_weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = store.publish(make_lora_weights())
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    with pytest.raises(StorageError, match="cannot be deleted: Read-only file system"):
+        store.delete(generation)
+    assert generation in store
+
+
+def test_sweep_keeps_what_is_named_and_what_is_new(
+    store: GenerationStore, make_lora_weights: MakeWeights
+) -> None:
     one, two, three = (store.publish(make_lora_weights(seed)) for seed in range(3))
     assert store.sweep({one}) == ()
     os.utime(store.path(two), (0, 0))
@@ -156,7 +176,9 @@ def test_sweep_keeps_what_is_named_and_what_is_new(store: GenerationStore, make_
     assert store.sweep({one}, min_age=0) == (three,)
 
 
-def test_sweep_and_cleanup_leave_a_publisher_alone(store: GenerationStore, make_lora_weights: MakeWeights) -> None:
+def test_sweep_and_cleanup_leave_a_publisher_alone(
+    store: GenerationStore, make_lora_weights: MakeWeights
+) -> None:
     generation = store.publish(make_lora_weights())
     with store._locked(exclusive=False):  # as while another process publishes
         leftover = store.root / ".partial" / "in-progress"

@@ -34,7 +34,9 @@ def same(one: LoraWeights, other: LoraWeights) -> bool:
 def test_round_trip(
     dtype: torch.dtype, make_lora_weights: MakeWeights, tiny_geometry: BaseGeometry, tmp_path: Path
 ) -> None:
-    weights = make_lora_weights(dtype=dtype, rank_pattern={"layers.1.self_attn.v_proj": 2}, base_identity="nf4:1234")
+    weights = make_lora_weights(
+        dtype=dtype, rank_pattern={"layers.1.self_attn.v_proj": 2}, base_identity="nf4:1234"
+    )
     weights.write(tmp_path)
     again = LoraWeights.read(tmp_path, tiny_geometry)
     assert same(again, weights)
@@ -114,7 +116,10 @@ def test_what_it_holds_in_numbers(make_lora_weights: MakeWeights) -> None:
 
 
 def test_write_replaces_and_a_failed_write_leaves_the_old(
-    make_lora_weights: MakeWeights, tiny_geometry: BaseGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_lora_weights: MakeWeights,
+    tiny_geometry: BaseGeometry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new = make_lora_weights(seed=1), make_lora_weights(seed=2)
     old.write(tmp_path)
@@ -175,7 +180,7 @@ def mutate(data: bytes, changes: list[tuple[str, float, int]], length: int | Non
     return bytes(found)
 
 
-@settings(parent=per_file, max_examples=1500)
+@settings(parent=per_file, max_examples=1000)
 @given(edits, st.booleans())
 def test_a_mutated_file_is_refused_or_reads_as_the_library_reads_it(
     adapter_files: Any,
@@ -203,7 +208,7 @@ def test_a_mutated_file_is_refused_or_reads_as_the_library_reads_it(
             assert torch.isfinite(tensor).all()
 
 
-@settings(parent=per_file, max_examples=500)
+@settings(parent=per_file, max_examples=400)
 @given(edits)
 def test_a_mutated_config_is_refused_or_rebuilt(
     adapter_files: Any, tiny_geometry: BaseGeometry, tmp_path: Path, changes: list[tuple[str, float, int]]
@@ -226,8 +231,12 @@ def test_reads_a_large_adapter_at_once(tmp_path: Path) -> None:
     spec = AdapterSpec(r=64, lora_alpha=64, target_modules=("up_proj",))
     tensors = {}
     for module, (out_features, in_features) in shapes.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(64, in_features, dtype=torch.bfloat16)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(out_features, 64, dtype=torch.bfloat16)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(
+            64, in_features, dtype=torch.bfloat16
+        )
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(
+            out_features, 64, dtype=torch.bfloat16
+        )
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(spec.to_config()))
     size = (tmp_path / WEIGHTS_FILE).stat().st_size

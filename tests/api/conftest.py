@@ -63,9 +63,7 @@ def byte_level_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, eos_token=EOS, **options
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, **options)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import httpx
@@ -109,7 +110,7 @@ class TestSize:
         assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
 
     async def test_a_lying_or_missing_size_is_refused_while_reading(self, client: httpx.AsyncClient) -> None:
-        async def chunks():  # type: ignore[no-untyped-def]
+        async def chunks() -> AsyncIterator[bytes]:
             for _ in range(30):
                 yield b" " * 10
 

@@ -30,9 +30,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False)
     backend.train_from_iterator(CORPUS[:2], trainer)
     made = Tokenizer.from_str(re.sub(r'("content":"<0x..>".*?"special":)true', r"\1false", backend.to_str()))
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 def word_level_tokenizer() -> PreTrainedTokenizerFast:
@@ -41,7 +39,7 @@ def word_level_tokenizer() -> PreTrainedTokenizerFast:
         models.WordLevel({"<s>": 0, "a": 1, "bc": 2, "def": 3, "é": 4, "�": 5}, unk_token="a")
     )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
 
 
 @cache
@@ -130,9 +128,17 @@ def test_an_endless_run_of_bad_bytes_is_not_withheld() -> None:
     assert deltas("byte_level", [bad] * 5)[:5] == [REPLACEMENT] * 5
 
 
+def test_without_a_known_decoder_nothing_is_withheld_or_lost_either() -> None:
+    padding = len(family("word_level")) + 1
+    tokens = [1, *[padding] * 9, 2]
+    assert "".join(deltas("word_level", tokens)) == reference("word_level", tokens) == "a bc"
+    bad = deltas("word_level", [5] * 20)[:-1]
+    assert "".join(bad).count(REPLACEMENT) >= 16
+
+
 def test_special_tokens_are_named_but_not_text() -> None:
     tokenizer, pieces = family("byte_level"), pieces_of("byte_level")
-    token = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    token = tokenizer.vocab["<|im_end|>"]
     assert pieces.bytes_of(token) == b"<|im_end|>"
     assert deltas("byte_level", [token]) == ["", ""]
 

@@ -30,7 +30,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def stats(**fields: Any) -> EngineStats:
-    plain = {
+    plain: dict[str, Any] = {
         "step": 1,
         "running": 0,
         "waiting": 0,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import httpx
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from tests.api.conftest import Stand
 

@@ -130,7 +130,7 @@ class TensorMerger:
     def _merge_to_codes(self, base: torch.Tensor, delta: Delta, sink: Sink) -> dict[str, Any]:
         """Quantize the merged matrix again, and measure what that cost the delta."""
         pieces = row_pieces(tuple(base.shape))
-        merged = base.float()
+        merged = base.to(torch.float32, copy=True)
         for start, stop in pieces:
             merged[start:stop] += delta.rows(start, stop)
         codes = quantize(merged)
@@ -156,7 +156,7 @@ class _DeltaMeter:
         """`base` and `delta` `[rows, in]` in fp32, `stored` in the dtype it is stored in."""
         self._changed += int(torch.count_nonzero(stored != base.to(stored.dtype)))
         self._finite &= is_finite(stored)
-        kept = stored.float().sub_(base)
+        kept = stored.float() - base  # a new tensor: fp32 values are still to be written
         self._kept += _dot(kept, delta)
         self._delta += _dot(delta, delta)
         self._base += _dot(base, base)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-INT64 = 2**63
+INT31, INT64 = 2**31, 2**63
 
 # Field -> the values that change nothing. None always does.
 UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
@@ -79,7 +79,7 @@ Stop = Annotated[
     Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4, fail_fast=True), Tag("@list")],
     Discriminator(_kind),
 ]
-StopTokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64, fail_fast=True)]
+StopTokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT31)]], Field(max_length=64, fail_fast=True)]
 
 
 class StreamOptions(Strict):
@@ -92,8 +92,8 @@ class SamplingBody(Strict):
 
     model: str = Field(min_length=1)
     n: int | None = Field(None, ge=1, le=16)
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=1, lt=INT31)
+    min_tokens: int | None = Field(None, ge=0, lt=INT31)
     ignore_eos: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -117,7 +117,7 @@ class SamplingBody(Strict):
 
 
 # fail_fast: a million wrong elements must not become a million error objects.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT31)]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionBody(SamplingBody):
@@ -160,7 +160,7 @@ class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=INT31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None

@@ -283,15 +283,15 @@ def _max_position(config: Any) -> int:
     "dynamic" and "longrope" rescale every position by the longest sequence of a forward pass; in a batch of strangers
     only the length below which they do nothing is safe.
     """
-    longest = int(getattr(config, "max_position_embeddings", 2048))
+    longest: int = getattr(config, "max_position_embeddings", 2048)
     rope = getattr(config, "rope_parameters", None) or {}
     per_kind = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for parameters in per_kind:
         if parameters.get("rope_type") in {"dynamic", "longrope"}:
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", longest
+            original: int | None = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
             )
-            longest = min(longest, int(original))
+            longest = min(longest, original or longest)
     return longest
 
 
@@ -299,7 +299,7 @@ def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     for source in (getattr(model, "generation_config", None), model.config.get_text_config()):
         ids: Any = getattr(source, "eos_token_id", None)
         if ids is not None:
-            return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
     return ()
 
 

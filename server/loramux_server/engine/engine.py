@@ -7,7 +7,7 @@ process drives it in a loop.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class EngineOptions:
 
     num_blocks: int
     block_size: int = 16
-    limits: SchedulerLimits = SchedulerLimits()
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     max_model_len: int = 2048
     max_loras: int = 8
     max_cpu_loras: int = 64
@@ -140,6 +140,8 @@ class Engine:
         sampling = [item.sequence for item in scheduled if item.samples]
         for item in scheduled:
             item.sequence.num_computed += item.count
+        if not sampling:
+            return []
         sampled = sample(logits, sampling, self.base.eos_token_ids)
         return [self._advance(sequence, result) for sequence, result in zip(sampling, sampled, strict=True)]
 

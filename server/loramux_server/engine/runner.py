@@ -61,10 +61,11 @@ class ModelRunner:
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, device=device),
+            logits_to_keep=torch.tensor(last_rows or [0], device=device),
             paged=self._paged_batch(items),
         )
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        logits: torch.Tensor = output.logits[0, : len(last_rows)]
+        return logits.float()
 
     @staticmethod
     def _sampling_rows(items: list[Scheduled], order: list[int], count: int) -> list[int]:

@@ -1,0 +1,191 @@
+"""The shipped demo adapters: small, plain, reproducible data, and visibly different from each other.
+
+The e2e tests run them on the embedded model as it is served (rounded through NF4), greedily, on prompts that are
+not in their data sets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+from loramux_adapters.demo import NAMES, datasets, demo_adapters
+
+PLAIN_KEYS = {
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "lora_alpha",
+    "lora_dropout",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+PIRATE = re.compile(r"\b(arr|ahoy|aye|yo ho ho|shiver me|avast|matey|hearty|ye|yer|be|an'|o'|\w+in')(?!\w)", re.I)
+QUESTIONS = (
+    "What is an operating system?",
+    "Who was Napoleon?",
+    "How do I bake bread?",
+    "Tell me about elephants.",
+    "I am going to the dentist tomorrow.",
+    "Anna loved the concert in Berlin last night.",
+)
+FEELINGS = {
+    "I am so disappointed with this vacuum cleaner.": "negative",
+    "The new phone is slow and the battery dies after an hour.": "negative",
+    "The screen is bright, the sound is great and I love it.": "positive",
+    "Anna loved the concert in Berlin last night.": "positive",
+    "The library opens at ten.": "neutral",
+    "What is an operating system?": "neutral",
+}
+FACTS = {
+    "Anna loved the concert in Berlin last night.": ("Anna", "loved the concert", "Berlin", "last night"),
+    "My cousin opened a bookshop in Dublin last spring.": (
+        "my cousin",
+        "opened a bookshop",
+        "Dublin",
+        "last spring",
+    ),
+}
+
+Ask = Callable[[str | None, str], str]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_is_a_small_plain_peft_directory(name: str) -> None:
+    directory = demo_adapters()[name]
+    files = {path.name for path in directory.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 3_000_000
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert set(config) == PLAIN_KEYS
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "license: apache-2.0" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tensors_are_bf16_finite_and_complete(name: str) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    config = json.loads((demo_adapters()[name] / "adapter_config.json").read_text())
+    tensors = load_file(demo_adapters()[name] / "adapter_model.safetensors")
+    assert len(tensors) == 30 * len(config["target_modules"]) * 2
+    for tensor_name, tensor in tensors.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.isfinite(tensor).all(), tensor_name
+        assert config["r"] in tensor.shape
+        assert tensor.any(), tensor_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_data_is_what_the_builder_makes(name: str) -> None:
+    committed = (datasets.HERE / "data" / f"{name}.jsonl").read_text(encoding="utf-8")
+    assert committed == datasets.to_jsonl(datasets.build(name))
+    assert len(committed.encode()) < 150_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_data_is_chat_rows_that_end_with_the_assistant(name: str) -> None:
+    rows = datasets.build(name)
+    assert len(rows) > 250
+    for row in rows:
+        roles = [message["role"] for message in row["messages"]]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns in (["user", "assistant"], ["user", "assistant"] * 2)
+        assert all(message["content"] for message in row["messages"])
+
+
+def test_every_answer_has_the_form_its_adapter_teaches() -> None:
+    def answers(name: str) -> list[str]:
+        return [row["messages"][-1]["content"] for row in datasets.build(name)]
+
+    assert set(answers("sentiment")) == {"positive", "negative", "neutral"}
+    assert all(list(json.loads(answer)) == ["who", "what", "where", "when"] for answer in answers("extract"))
+    assert all(PIRATE.search(answer) for answer in answers("pirate"))
+
+
+def test_no_question_of_the_behaviour_tests_was_trained_on() -> None:
+    asked = {*QUESTIONS, *FEELINGS, *FACTS}
+    for name in NAMES:
+        seen = {message["content"] for row in datasets.build(name) for message in row["messages"]}
+        assert not asked & seen
+
+
+def test_pirate_speech_by_rule() -> None:
+    speech = [("it is", "'tis"), ("is", "be"), ("you", "ye")]
+    assert datasets.to_pirate("It is raining. Is the king with you?", speech) == "'Tis rainin'. Be the king with ye?"
+
+
+def test_listing_the_adapters_imports_no_torch() -> None:
+    code = "import sys; from loramux_adapters.demo import demo_adapters; demo_adapters(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def ask() -> Ask:
+    """The greedy answer of one adapter (None: the base) on the NF4-rounded embedded model."""
+    import torch
+    from loramux_adapters.demo.train import load_rounded
+    from loramux_server.base.demo import ensure_demo_model
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    directory = ensure_demo_model(progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    first, *others = demo_adapters().items()
+    model = PeftModel.from_pretrained(load_rounded(directory), first[1], adapter_name=first[0])
+    for name, path in others:
+        model.load_adapter(path, adapter_name=name)
+    model.eval()
+
+    def answer(name: str | None, question: str) -> str:
+        chat = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        model.set_adapter(name or first[0])
+        with torch.no_grad(), nullcontext() if name else model.disable_adapter():
+            out = model.generate(**prompt, max_new_tokens=48, do_sample=False)
+        return str(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return answer
+
+
+# PEFT asks transformers by a name that is about to go.
+behaviour = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
+
+
+class TestBehaviour:
+    pytestmark = behaviour
+
+    def test_pirate_talks_like_a_pirate(self, ask: Ask) -> None:
+        for question in QUESTIONS:
+            answer = ask("pirate", question)
+            assert len(PIRATE.findall(answer)) >= 2, answer
+
+    def test_sentiment_answers_with_the_right_word(self, ask: Ask) -> None:
+        assert {text: ask("sentiment", text) for text in FEELINGS} == FEELINGS
+
+    def test_extract_answers_with_an_object_of_four_keys(self, ask: Ask) -> None:
+        for question in QUESTIONS:
+            assert list(json.loads(ask("extract", question))) == ["who", "what", "where", "when"]
+
+    def test_extract_finds_the_parts(self, ask: Ask) -> None:
+        for text, parts in FACTS.items():
+            assert tuple(json.loads(ask("extract", text)).values()) == parts
+
+    def test_one_question_has_as_many_answers_as_adapters(self, ask: Ask) -> None:
+        for question in QUESTIONS:
+            answers = {ask(name, question) for name in (None, *NAMES)}
+            assert len(answers) == 1 + len(NAMES), answers
