@@ -22,6 +22,7 @@ PACKAGES = {
 }
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
+HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 
 TORCH_FREE = [
     *(
@@ -152,14 +153,13 @@ def test_adapters_know_no_request(forbidden: str) -> None:
 
 @pytest.mark.parametrize("name", TORCH_FREE)
 def test_policy_needs_no_torch(name: str) -> None:
-    reached = reach(name)
-    for module in reached:
-        heavy = {package for package in ("torch", "transformers", "bitsandbytes", "peft")
-                 if imports_of(modules()[module].at_import, package)}  # fmt: skip
-        path = module
-        while reached[path.split(" ")[0]]:
-            path = f"{reached[path.split(' ')[0]]} -> {path}"
-        assert not heavy, f"importing {name} imports {sorted(heavy)}: {path}"
+    asked_by = reach(name)
+    for module in asked_by:
+        heavy = sorted(package for package in HEAVY if imports_of(modules()[module].at_import, package))
+        chain = [module]
+        while asked_by[chain[-1]]:
+            chain.append(asked_by[chain[-1]])
+        assert not heavy, f"{' -> '.join(reversed(chain))} imports {heavy}"
 
 
 def test_http_needs_no_torch() -> None:

@@ -1,0 +1,154 @@
+"""The engine as a whole: nothing leaks, faults stay in the request they belong to, sampling is reproducible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.server.support import EngineFactory, Recipe, request, run, tokens_of, write_adapter
+
+from loramux_adapters.errors import ContextLengthExceeded, RequestError
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest
+
+# What may happen next: a new request (prompt length, adapter or base, tokens wanted), an abort, some steps.
+_ADD = st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(1, 20))
+_EVENTS = st.lists(
+    st.one_of(_ADD, st.integers(0, 15).map(lambda n: AbortRequest(f"r{n}")), st.just(None)), max_size=40
+)
+
+
+@pytest.fixture(scope="module")
+def crowded(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Engine, list[AdapterRef]]:
+    """Few KV blocks, two slots for four adapters: everything has to be shared."""
+    from loramux_server.base.loading import LoadOptions, load_base
+    from loramux_server.engine.engine import EngineOptions
+    from loramux_server.engine.scheduler import SchedulerLimits
+
+    base = load_base(LoadOptions(model=str(tiny_model("llama")), name="tiny", device="cpu", dtype="float32"))
+    options = EngineOptions(
+        num_blocks=12,
+        limits=SchedulerLimits(4, 24),
+        max_model_len=128,
+        max_loras=2,
+        lora_rows=12,
+        max_cpu_loras=2,
+    )
+    directory = tmp_path_factory.mktemp("adapters")
+    refs = [write_adapter(directory / str(i), base.geometry, Recipe(r=4, seed=i)) for i in range(4)]
+    return Engine(base, options), refs
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=_EVENTS)
+def test_no_interleaving_leaks(crowded: tuple[Engine, list[AdapterRef]], events: list[object]) -> None:
+    engine, refs = crowded
+    finished: set[str] = set()
+    added: dict[str, AddRequest] = {}
+    aborted: set[str] = set()
+
+    def step() -> None:
+        for output in engine.step().outputs:
+            assert output.id not in finished
+            assert output.error is None
+            if output.finish:
+                finished.add(output.id)
+        engine.check_integrity()
+
+    for event in events:
+        if isinstance(event, AbortRequest):
+            engine.abort(event.id)
+            aborted.add(event.id)
+        elif isinstance(event, tuple):
+            length, adapter, count = event
+            name = f"r{len(added)}"
+            ref = refs[adapter - 1] if adapter else None
+            added[name] = request(
+                name, [5 + (length * k) % 300 for k in range(length)], ref, max_tokens=count
+            )
+            engine.add(added[name])
+        else:
+            step()
+    for _ in range(100_000):
+        if not engine.has_work:
+            break
+        step()
+    assert not engine.has_work
+    assert finished | aborted >= set(added)
+    assert engine.blocks.num_used == 0
+    assert all(slot.references == 0 for slot in engine.bank.tier.slots.values())
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(make_engine: EngineFactory) -> None:
+    engine = make_engine()
+    seeded = request("s", list(range(30, 50)), temperature=1.0, seed=1234)
+    alone = tokens_of(run(engine, [(0, seeded)])["s"])
+    noise = [(i, request(f"n{i}", list(range(5 + i, 40)), temperature=1.0)) for i in range(6)]
+    assert tokens_of(run(engine, [*noise, (3, seeded)])["s"]) == alone
+    other = request("s", list(range(30, 50)), temperature=1.0, seed=4321)
+    assert tokens_of(run(engine, [(0, other)])["s"]) != alone
+
+
+def test_abort_frees_everything_at_once(make_engine: EngineFactory, tmp_path: Path) -> None:
+    engine = make_engine()
+    ref = write_adapter(tmp_path / "a", engine.base.geometry, Recipe(r=4))
+    engine.add(request("a", list(range(5, 40)), ref, max_tokens=100))
+    while engine.blocks.num_used == 0:
+        engine.step()
+    engine.abort("a")
+    assert engine.blocks.num_used == 0
+    assert not engine.has_work
+    engine.check_integrity()
+
+
+def test_damaged_files_fail_their_own_request_only(make_engine: EngineFactory, tmp_path: Path) -> None:
+    engine = make_engine()
+    good = write_adapter(tmp_path / "good", engine.base.geometry, Recipe(r=4, seed=1))
+    changed = write_adapter(tmp_path / "changed", engine.base.geometry, Recipe(r=4, seed=2))
+    write_adapter(
+        tmp_path / "changed", engine.base.geometry, Recipe(r=4, seed=3)
+    )  # same place, other content
+    prompt = list(range(5, 40))
+    answers = run(
+        engine,
+        [
+            (0, request("base", prompt)),
+            (0, request("changed", prompt, changed)),
+            (0, request("missing", prompt, AdapterRef("0" * 64, str(tmp_path / "nowhere")))),
+            (0, request("good", prompt, good)),
+        ],
+    )
+    assert answers["changed"][-1].finish == "error"
+    assert "hash differs" in str(answers["changed"][-1].error)
+    assert answers["missing"][-1].finish == "error"
+    assert len(tokens_of(answers["base"])) > 0
+    assert tokens_of(answers["good"]) == tokens_of(run(engine, [(0, request("g", prompt, good))])["g"])
+    engine.check_integrity()
+
+
+def test_what_can_never_run_is_refused(make_engine: EngineFactory) -> None:
+    engine = make_engine(num_blocks=4, max_model_len=256)
+    with pytest.raises(ContextLengthExceeded, match="maximum context length is 256 tokens"):
+        engine.add(request("a", list(range(250)), max_tokens=10))
+    with pytest.raises(ContextLengthExceeded):
+        engine.add(request("b", list(range(60)), max_tokens=10))  # 4 blocks hold 64 tokens
+    with pytest.raises(RequestError, match="at least one prompt token"):
+        engine.add(request("c", []))
+    engine.add(request("d", [5, 6]))
+    with pytest.raises(RequestError, match="in use"):
+        engine.add(request("d", [5, 6]))
+
+
+def test_stop_tokens_and_ignore_eos(make_engine: EngineFactory) -> None:
+    engine = make_engine()
+    prompt = list(range(5, 30))
+    free = tokens_of(run(engine, [(0, request("a", prompt, ignore_eos=True))])["a"])
+    assert len(free) == 16
+    stopped = run(engine, [(0, request("a", prompt, stop_token_ids=(free[3],)))])["a"]
+    assert tokens_of(stopped) == free[: free.index(free[3]) + 1]
+    assert stopped[-1].finish == "stop"
