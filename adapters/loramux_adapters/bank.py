@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 
 from loramux_adapters.errors import AdapterError, AdapterUnavailable
-from loramux_adapters.kernels import zeros_on_demand
-from loramux_adapters.layers import AdapterBatch, Factors, MultiLoraLinear
+from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier, Slot
 from loramux_adapters.weights import LoraWeights
 
@@ -78,39 +77,28 @@ class AdapterBank:
 
     def __init__(
         self,
-        layers: Mapping[str, MultiLoraLinear],
-        batch: AdapterBatch,
+        pool: DevicePool,
         tier: DeviceTier,
         read: Callable[[str, str], LoraWeights],
         *,
         max_cpu_loras: int,
-        device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         """`read(generation, path)` brings and checks the files; it runs on a loader thread."""
+        self.pool = pool
         self.tier = tier
         self.max_cpu_loras = max_cpu_loras
-        self.device = device
+        self.device = pool.device
         self.dtype = dtype
         self.events: list[LoadEvent] = []
-        self._batch = batch
         self._read = read
-        self._pool_a = {
-            n: zeros_on_demand((tier.rows, m.in_features), dtype, device) for n, m in layers.items()
-        }
-        self._pool_b = {
-            n: zeros_on_demand((tier.rows, m.out_features), dtype, device) for n, m in layers.items()
-        }
         self._host: OrderedDict[str, HostCopy] = OrderedDict()
         self._targets: dict[str, frozenset[str]] = {}
         self._moves: dict[str, Future[HostCopy | None]] = {}
         self._ready: set[str] = set()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-loader")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._events_lock = threading.Lock()
-        self._active_key: tuple[tuple[str, int], ...] = ()
-        self._active_start = 0
-        self._active_factors: dict[str, Factors] = {}
 
     # --- residency -----------------------------------------------------------------------------------------------
 
@@ -183,25 +171,13 @@ class AdapterBank:
         try:
             if self._stream is not None:
                 with torch.cuda.stream(self._stream):
-                    self._fill(slot, copy)
+                    self.pool.fill(slot, copy.factors)
                 self._stream.synchronize()
             else:
-                self._fill(slot, copy)
+                self.pool.fill(slot, copy.factors)
             ok = True
         finally:
             self._record(slot.generation, "device", started, ok)
-
-    def _fill(self, slot: Slot, copy: HostCopy) -> None:
-        rows = slice(slot.offset, slot.offset + slot.rows)
-        for name, pool in self._pool_a.items():
-            factors = copy.factors.get(name)
-            if factors is None:
-                pool[rows].zero_()  # zero A makes the product zero, whatever B held before
-                continue
-            a, b = factors
-            pool[rows.start : rows.start + a.shape[0]].copy_(a, non_blocking=True)
-            pool[rows.start + a.shape[0] : rows.stop].zero_()
-            self._pool_b[name][rows.start : rows.start + b.shape[0]].copy_(b, non_blocking=True)
 
     def _finish(self, generation: str, move: Future[HostCopy | None]) -> None:
         try:
@@ -240,42 +216,7 @@ class AdapterBank:
 
         Every named generation must be resident and acquired.
         """
-        names = set(rows)
-        names.discard(None)
-        if not names:
-            self._batch.factors, self._batch.foreign = {}, None
-            return
-        slots = sorted(
-            (self.tier.slots[name] for name in names if name is not None), key=lambda slot: slot.offset
-        )
-        self._activate(slots)
-        self._batch.factors = self._active_factors
-        if len(names) == 1 and None not in rows:
-            self._batch.foreign = None
-            return
-        self._batch.foreign = self._foreign_rows(rows, slots)
-
-    def _activate(self, slots: Sequence[Slot]) -> None:
-        """Cut the span of rank rows that holds these slots out of every pool; kept while the same slots are active."""
-        key = tuple((slot.generation, slot.offset) for slot in slots)
-        if key == self._active_key:
-            return
-        start, stop = slots[0].offset, slots[-1].offset + slots[-1].rows
+        slots = [self.tier.slots[name] for name in set(rows) if name is not None]
+        slots.sort(key=lambda slot: slot.offset)
         targeted = frozenset[str]().union(*(self._targets[slot.generation] for slot in slots))
-        self._active_key = key
-        self._active_start = start
-        self._active_factors = {
-            name: Factors(self._pool_a[name][start:stop], self._pool_b[name][start:stop]) for name in targeted
-        }
-
-    def _foreign_rows(self, rows: Sequence[str | None], slots: Sequence[Slot]) -> torch.Tensor:
-        """`[rows, R]` bool, True where the rank row is not the row's own adapter's."""
-        span = slots[-1].offset + slots[-1].rows - self._active_start
-        table = torch.ones(len(slots) + 1, span, dtype=torch.bool)
-        index: dict[str | None, int] = {None: 0}
-        for number, slot in enumerate(slots, 1):
-            begin = slot.offset - self._active_start
-            table[number, begin : begin + slot.rows] = False
-            index[slot.generation] = number
-        picks = torch.tensor([index[row] for row in rows])
-        return table[picks].to(self.device, non_blocking=True)
+        self.pool.select(rows, slots, targeted)

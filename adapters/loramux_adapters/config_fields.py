@@ -124,8 +124,11 @@ def _is_neutral(key: str, value: object) -> bool:
 
 
 def _is_plain_auto_mapping(value: object) -> bool:
-    """What PEFT writes when an adapter was saved without a task type: two names, which nothing here uses."""
-    if not isinstance(value, Mapping) or set(value) != {"base_model_class", "parent_library"}:
+    """What PEFT (and Unsloth) write when a task type was not given: two names, which nothing here uses."""
+    if not isinstance(value, Mapping) or value.keys() - {"unsloth_fixed"} != {
+        "base_model_class",
+        "parent_library",
+    }:
         return False
     name, library = value["base_model_class"], value["parent_library"]
     return (

@@ -54,7 +54,7 @@ def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
     """
     copied = 0
     try:
-        writer = open(target, "xb")  # noqa: SIM115 (closed below, apart from the source's errors)
+        writer = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, apart from the source's errors)
     except OSError as error:
         raise StorageError(f"a file cannot be created: {error.strerror}") from error
     with writer:
@@ -62,9 +62,10 @@ def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
             copied += len(chunk)
             if copied > limit:
                 return False
+            rest = memoryview(chunk)
             try:
-                writer.write(chunk)
-                writer.flush()
+                while rest:
+                    rest = rest[writer.write(rest) :]
             except OSError as error:
                 raise StorageError(f"a file cannot be written: {error.strerror}") from error
     return True

@@ -2,43 +2,74 @@
 
 For the rows of one forward pass, with A `[R, in]` and B `[R, out]` the stacked factors of the adapters that are active
 in it, `Y = X W^T + mask(X A^T) B`, where the mask `[rows, R]` keeps a rank row only where it belongs to the row's
-adapter. Two dense products, no gather, no host synchronization. One active adapter for every row: no mask. None: the
-base alone.
-The scaling `lora_alpha / r` (or `/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is folded into B at load.
+adapter. Two dense products, no gather, no host synchronization. Linears that read the same input (q, k and v; gate and up)
+share the first product. One active adapter for every row: no mask. None: the base alone. The scaling `lora_alpha / r` (or
+`/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is folded into B at load.
 
 Promises: a row whose adapter is None gets exactly the base's output; a row never sees another row's adapter, even if
 that one overflows to infinity (foreign entries are overwritten with zero, not multiplied by it).
-Does not know where adapters come from or which are resident (`bank.py`).
+Does not know where adapters come from or which are resident (`bank.py`), nor where the factors lie (`pool.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from loramux_adapters.kernels import DenseKernel
 
 
-@dataclass
-class Factors:
-    """The active rows of one linear's pool, as the forward pass uses them."""
+@dataclass(frozen=True)
+class Shrink:
+    """The first product of one group of linears: stacked A `[members * R, in]`."""
 
-    a: torch.Tensor  # [R, in]
-    b: torch.Tensor  # [R, out]
+    kernel: DenseKernel
+    members: int
 
 
-@dataclass
+@dataclass(frozen=True)
+class Expand:
+    """The second product of one linear: which columns of its group's first product it takes, and B `[R, out]`."""
+
+    group: int
+    columns: slice
+    b: torch.Tensor
+
+
 class AdapterBatch:
     """What every `MultiLoraLinear` reads in one forward pass; one object for the whole model.
 
     `foreign` is `[rows, R]` bool, True where a rank row is not the row's adapter's, or None when every row uses the one
-    active adapter. `factors` maps a linear's name to its active rows; a linear no active adapter targets is absent.
+    active adapter. A linear that no active adapter targets is absent from `expands`.
     """
 
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    foreign: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.shrinks: Mapping[int, Shrink] = {}
+        self.expands: Mapping[str, Expand] = {}
+        self.foreign: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
+        self._group = -1
+        self._product: torch.Tensor | None = None
+
+    def select(
+        self, shrinks: Mapping[int, Shrink], expands: Mapping[str, Expand], foreign: torch.Tensor | None
+    ) -> None:
+        self.shrinks, self.expands, self.foreign = shrinks, expands, foreign
+        self._input = self._product = None
+
+    def shrunk(self, group: int, x: torch.Tensor) -> torch.Tensor:
+        """mask(X A^T) of a group, `[rows, members * R]`; computed once for linears called with the same tensor."""
+        if self._product is None or self._input is not x or self._group != group:
+            shrink = self.shrinks[group]
+            product = shrink.kernel(x.reshape(-1, x.shape[-1]))
+            if self.foreign is not None:
+                per_member = product.view(product.shape[0], shrink.members, -1)
+                per_member.masked_fill_(self.foreign[:, None, :], 0.0)
+            self._input, self._group, self._product = x, group, product
+        return self._product
 
 
 class MultiLoraLinear(nn.Module):
@@ -62,15 +93,39 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x)
-        factors = self._batch.factors.get(self.name)
-        if factors is None:
-            return y
-        rows = x.reshape(-1, self.in_features)
-        z = F.linear(rows, factors.a)
-        if self._batch.foreign is not None:
-            z.masked_fill_(self._batch.foreign, 0.0)
-        y.view(-1, self.out_features).addmm_(z, factors.b)
+        expand = self._batch.expands.get(self.name)
+        if expand is not None:
+            product = self._batch.shrunk(expand.group, x)
+            y.view(-1, self.out_features).addmm_(product[:, expand.columns], expand.b)
         return y
+
+
+@torch.no_grad()
+def shared_inputs(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group the named linears by the input they are called with, seen in one forward pass of two tokens.
+
+    A linear that is not called (an expert, say) is a group of its own. Grouping only saves work: a linear called with
+    another tensor than its group is computed from that tensor.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] = arguments[0]  # held, so that no two live inputs share an id
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    handles = [remember(name) for name in names]
+    try:
+        device = next(model.parameters()).device
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def install(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, MultiLoraLinear], AdapterBatch]:

@@ -104,6 +104,8 @@ class DeviceTier:
                 f"an adapter of rank {rows} does not fit the {self.rows} rank rows of the device; raise --max-lora-rank"
             )
         since, _ = self._waiting.get(generation, (self.tick, 0))
+        if since > self._first_in_line():
+            return None
         reason: Literal["capacity", "fairness"] = (
             "fairness" if self.tick - since >= self.patience else "capacity"
         )
@@ -127,6 +129,10 @@ class DeviceTier:
 
         What is closed reopens by itself when nobody asks any more (the request was aborted, say).
         """
+        if generation not in self._waiting:  # a moment to forget those that nobody asks for any more
+            self._waiting = {
+                name: asked for name, asked in self._waiting.items() if self.tick - asked[1] <= self.patience
+            }
         since, last = self._waiting.get(generation, (self.tick, self.tick))
         if self.tick - last > self.patience:
             since = self.tick
@@ -139,6 +145,15 @@ class DeviceTier:
         ]
         if candidates:
             max(candidates, key=lambda slot: slot.admitted).closed_until = self.tick + self.patience
+
+    def _first_in_line(self) -> int:
+        """Since when the adapter waits that has run out of patience first: what is drained is for nobody else."""
+        overdue = [
+            since
+            for since, last in self._waiting.values()
+            if self.tick - since >= self.patience >= self.tick - last
+        ]
+        return min(overdue, default=self.tick)
 
     def accepts(self, generation: str) -> bool:
         slot = self.slots.get(generation)
@@ -159,7 +174,8 @@ class DeviceTier:
 
     def pin(self, generation: str, pinned: bool) -> None:
         """Raises AdapterConflict rather than let every slot be pinned: a cold adapter must always find one."""
-        if pinned and sum(s.pinned for s in self.slots.values()) + 1 >= self.max_loras:
+        others = sum(slot.pinned for name, slot in self.slots.items() if name != generation)
+        if pinned and others + 1 >= self.max_loras:
             raise AdapterConflict(f"pinning one more would pin all {self.max_loras} slots", param="pinned")
         self.slots[generation].pinned = pinned
 

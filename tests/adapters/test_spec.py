@@ -61,6 +61,7 @@ def test_every_default_of_the_installed_peft_is_accepted() -> None:
             "auto_mapping": {
                 "base_model_class": "LlamaForCausalLM",
                 "parent_library": "transformers.models.llama.modeling_llama",
+                "unsloth_fixed": True,
             },
         },
     ],
@@ -129,12 +130,18 @@ def test_overlapping_patterns_must_agree() -> None:
     assert "alpha_pattern: 'q_proj' and 'layers.0.self_attn.q_proj' disagree" in message
 
 
+FULL = "model.layers.1.mlp.down_proj"
+
+
 def test_targets_in_the_geometrys_order(tiny_geometry: BaseGeometry) -> None:
-    spec = AdapterSpec(r=4, lora_alpha=8, target_modules=("v_proj", "layers.0.self_attn.q_proj", "proj"))
+    spec = AdapterSpec(
+        r=4, lora_alpha=8, target_modules=("v_proj", "layers.0.self_attn.q_proj", FULL, "proj")
+    )
     assert spec.targets(tiny_geometry) == (
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.v_proj",
         "model.layers.1.self_attn.v_proj",
+        FULL,
     )
 
 

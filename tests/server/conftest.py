@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.support import EngineFactory
 
 from loramux_server.base.loading import LoadOptions, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.scheduler import SchedulerLimits
+from tests.server.support import EngineFactory
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.server.support import EngineFactory, Recipe, request, run, tokens_of, write_adapter
 
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest
+from tests.server.support import EngineFactory, Recipe, request, run, tokens_of, write_adapter
 
 # What may happen next: a new request (prompt length, adapter or base, tokens wanted), an abort, some steps.
 _ADD = st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(1, 20))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_server.engine.kv_cache import BlockManager
@@ -60,6 +60,7 @@ def test_check_notices_a_leak_and_a_double_owner() -> None:
         blocks.check([one, two])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), max_size=40))
 def test_any_interleaving_leaks_nothing(moves: list[tuple[int, int]]) -> None:
     """Grow a sequence to a length if that fits, release it if the length is 0."""
@@ -75,6 +76,7 @@ def test_any_interleaving_leaks_nothing(moves: list[tuple[int, int]]) -> None:
         assert blocks.num_used == sum(len(s.blocks) for s in sequences)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 9), st.data())
 def test_tokens_are_prompt_then_output(prompt: int, output: int, data: st.DataObject) -> None:
     made = sequence(prompt, output)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.server.support import EngineFactory, Recipe, Reference, request, run, tokens_of, write_adapter
 
 LOGPROB_BOUND = 2e-4

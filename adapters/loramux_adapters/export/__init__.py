@@ -8,6 +8,7 @@ Planning reads headers and adapters only; running streams tensor by tensor into 
 at the end. Reads top down: options -> plan -> run -> (shards, merge, assets, verify, report).
 """
 
+from loramux_adapters.export.agreement import Agreement
 from loramux_adapters.export.options import (
     ExportOptions,
     Format,
@@ -24,7 +25,7 @@ from loramux_adapters.export.run import (
     ExportResult,
     run_export,
 )
-from loramux_adapters.export.verify import Agreement, Proof
+from loramux_adapters.export.verify import Proof
 
 __all__ = [
     "CANCELLED",

@@ -70,7 +70,10 @@ class WeightedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """How much is compared. `prompts` 0 switches the comparison off; `compare` measures the other base too."""
+    """How much is compared. `prompts` 0 switches the comparison off; `compare` measures the other base too.
+
+    `strict` keeps to `max_kl` and `min_top1` even where the server's own arithmetic is noisier than that.
+    """
 
     prompts: int = BUILT_IN_PROMPTS
     tokens: int = 160  # of each prompt at most: eight built-in prompts then give over 1,000 positions
@@ -78,6 +81,7 @@ class VerifyOptions:
     compare: bool = False
     max_kl: float = 1e-5
     min_top1: float = 0.999
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.prompts < 0:
@@ -151,3 +155,34 @@ def parse_format(text: str) -> Format:
     except ValueError:
         known = ", ".join(Format)
         raise ExportError(f"--format {text}: choose one of {known}", param="format") from None
+
+
+def parse_onto(text: str) -> Onto:
+    """Raises ExportError naming the choices."""
+    try:
+        return Onto(text.lower())
+    except ValueError:
+        raise ExportError(f"--onto {text}: choose one of {', '.join(Onto)}", param="onto") from None
+
+
+def parse_served_dtype(text: str) -> ServedDtype:
+    """Raises ExportError naming the choices."""
+    try:
+        return ServedDtype(text.lower())
+    except ValueError:
+        known = ", ".join(ServedDtype)
+        raise ExportError(f"--served-dtype {text}: choose one of {known}", param="served_dtype") from None
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that are not blank; none without a file."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--verify-file {path}: cannot be read: {error}", param="verify_file") from error
+    texts = tuple(line for line in lines if line.strip())
+    if not texts:
+        raise ExportError(f"--verify-file {path}: holds no text", param="verify_file")
+    return texts

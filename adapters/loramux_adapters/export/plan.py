@@ -11,10 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -122,6 +124,11 @@ class ExportPlan:
         """Estimated peak resident bytes: twelve a weight of the largest tensor held whole, and the process."""
         whole = self.skeleton.parameters if self.options.verify.prompts else self.skeleton.linears
         return _PROCESS_BYTES + 12 * max((math.prod(shape) for shape in whole.values()), default=0)
+
+    @property
+    def free_bytes(self) -> int:
+        """What is free where the export will lie."""
+        return free_bytes(self.options.partial)
 
     def count(self, action: Action) -> int:
         return sum(tensor.action is action for tensor in self.tensors)
@@ -271,3 +278,11 @@ def _plan_shards(tensors: list[TensorPlan], limit: int) -> tuple[ShardPlan, ...]
 def _listed(faults: list[str]) -> str:
     shown = "; ".join(faults[:_MAX_LISTED])
     return shown if len(faults) <= _MAX_LISTED else f"{shown}; and {len(faults) - _MAX_LISTED} more"
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space where `path` lies or will lie."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

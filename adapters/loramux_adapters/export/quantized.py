@@ -59,7 +59,7 @@ def quantize(weight: torch.Tensor) -> NF4Weight:
     absmax = torch.cat(scales)
     offset = absmax.mean()
     codes_of_scales, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
-    full = bnb.QuantState(  # type: ignore[no-untyped-call]
+    full = bnb.QuantState(
         absmax=codes_of_scales,
         shape=torch.Size(shape),
         dtype=weight.dtype,

@@ -14,12 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loramux_adapters.export.agreement import Agreement
 from loramux_adapters.export.checkpoint import write_json
 from loramux_adapters.export.journal import FinishedShard
 from loramux_adapters.export.merge import TensorOutcome
 from loramux_adapters.export.options import Format, Onto
 from loramux_adapters.export.plan import ExportPlan
-from loramux_adapters.export.verify import Agreement, Proof
+from loramux_adapters.export.verify import Proof
 from loramux_adapters.files import replace_file
 
 REPORT = "merge_report.json"
@@ -130,6 +131,7 @@ def _verification(proof: Proof | None) -> dict[str, Any] | None:
         "failures": list(proof.failures),
         "export": proof.export.to_json(),
         "other_base": proof.other.to_json() if proof.other else None,
+        "serving_noise": proof.noise.to_json() if proof.noise else None,
     }
 
 
@@ -199,6 +201,8 @@ def _proof_lines(proof: Proof | None) -> list[str]:
     ]
     if proof.other is not None:
         lines.append(_row("merged onto the other base", proof.other))
+    if proof.noise is not None:
+        lines.append(_row("the server's own arithmetic", proof.noise))
     if not proof.required:
         lines += [
             "",

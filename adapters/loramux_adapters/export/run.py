@@ -30,7 +30,7 @@ from loramux_adapters.export.merge import TensorMerger
 from loramux_adapters.export.plan import ExportPlan
 from loramux_adapters.export.report import Facts, write_report
 from loramux_adapters.export.shards import TEMPORARY, write_index, write_shard
-from loramux_adapters.export.verify import Proof, progress_total, verify_export
+from loramux_adapters.export.verify import Proof, verify_export
 from loramux_adapters.files import fsync_directory
 
 SPARE_BYTES = 64 * 2**20  # config, tokenizer, report, and what a file system keeps for itself
@@ -41,7 +41,7 @@ CANCELLED = "export_cancelled"
 
 @dataclass(frozen=True, slots=True)
 class ExportProgress:
-    """Where an export is. `phase` is "merge" or "verify"; bytes count up within the phase."""
+    """Where an export is. `phase` is "merge", "verify" or "noise"; bytes count up within the phase."""
 
     phase: str
     done: int
@@ -77,7 +77,7 @@ def run_export(
     out, partial = plan.options.out, plan.options.partial
     _check_places(out, partial, resume)
     try:
-        check_space(partial, plan.total_bytes - _present_bytes(partial))
+        _check_space(plan)
         partial.mkdir(parents=True, exist_ok=True)
         with Journal(partial, plan.fingerprint) as journal:
             report, proof = _build(_Steps(plan, journal, observer, cancelled), plan)
@@ -118,7 +118,6 @@ class _Steps:
         self._observer = observer
         self._cancelled = cancelled
         self._directory = plan.options.partial
-        self._done = 0
 
     def merge(self) -> tuple[FinishedShard, ...]:
         for leftover in self._directory.glob(f"*{TEMPORARY}"):
@@ -129,10 +128,11 @@ class _Steps:
             if is_intact(self._directory / name, shard)
         }
         missing = [shard for shard in self._plan.shards if shard.name not in finished]
-        self._done = sum(shard.num_bytes for shard in self._plan.shards if shard.name in finished)
         merger = TensorMerger(self._plan)
+        present = sum(shard.num_bytes for shard in self._plan.shards if shard.name in finished)
+        advance = self._advance("merge", self._plan.total_bytes, present)
         for shard in missing:
-            done = write_shard(self._directory, shard, merger, self._advance("merge", self._plan.total_bytes))
+            done = write_shard(self._directory, shard, merger, advance)
             self._journal.add(done)
             finished[shard.name] = done
         return tuple(finished[shard.name] for shard in self._plan.shards)
@@ -163,17 +163,15 @@ class _Steps:
     def prove(self) -> Proof | None:
         if not self._plan.options.verify.prompts:
             return None
-        self._done = 0
-        return verify_export(self._plan, self._advance("verify", progress_total(self._plan)))
+        return verify_export(self._plan, self._advance)
 
-    def _advance(self, phase: str, total: int) -> Callable[[int], None]:
+    def _advance(self, phase: str, total: int, done: int = 0) -> Callable[[int], None]:
         def advance(size: int) -> None:
-            self._done += size
-            self._observer(ExportProgress(phase, min(self._done, total), total))
+            nonlocal done
+            done += size
+            self._observer(ExportProgress(phase, min(done, total), total))
             if self._cancelled():
-                raise ExportError(
-                    f"cancelled; {self._directory} holds what was finished", code=CANCELLED, param=None
-                )
+                raise ExportError(f"cancelled; {self._directory} holds what was finished", code=CANCELLED)
 
         return advance
 
@@ -188,16 +186,12 @@ def _check_places(out: Path, partial: Path, resume: bool) -> None:
         )
 
 
-def check_space(directory: Path, needed: int) -> None:
-    """Raises ExportError if `needed` bytes and a little more are not free where `directory` lies or will lie."""
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed + SPARE_BYTES:
+def _check_space(plan: ExportPlan) -> None:
+    partial = plan.options.partial
+    needed = plan.total_bytes - _present_bytes(partial) + SPARE_BYTES
+    if plan.free_bytes < needed:
         raise ExportError(
-            f"the export needs {(needed + SPARE_BYTES) / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB "
-            "free",
+            f"the export needs {needed / 1e9:.2f} GB, and {partial.parent} has {plan.free_bytes / 1e9:.2f} GB free",
             param="out",
         )
 

@@ -16,6 +16,7 @@ import torch
 from loramux_adapters.errors import ExportError
 from loramux_adapters.export.checkpoint import INDEX_FILE, write_json
 from loramux_adapters.export.journal import FinishedShard
+from loramux_adapters.export.memory import Trimmer
 from loramux_adapters.export.merge import TensorMerger, TensorOutcome
 from loramux_adapters.export.plan import ExportPlan, ShardPlan
 from loramux_adapters.files import fsync_directory, replace_file
@@ -33,6 +34,7 @@ def write_shard(directory: Path, shard: ShardPlan, merger: TensorMerger, written
     temporary = directory / (shard.name + TEMPORARY)
     digest = hashlib.sha256()
     outcomes: list[TensorOutcome] = []
+    trimmer = Trimmer()
     header = encode_header(
         ((output.name, output.dtype, output.shape) for tensor in shard.tensors for output in tensor.outputs),
         {"format": "pt"},
@@ -51,6 +53,7 @@ def write_shard(directory: Path, shard: ShardPlan, merger: TensorMerger, written
             outcome = merger.apply(tensor, sink)
             _check(outcome)
             outcomes.append(outcome)
+            trimmer.freed(tensor.num_bytes)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()

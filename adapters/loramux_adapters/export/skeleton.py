@@ -67,7 +67,7 @@ def read_skeleton(directory: Path, checkpoint: Checkpoint) -> BaseSkeleton:
     )
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The causal LM of `config` with parameters on meta and buffers (rotary frequencies) real; eager
     attention.
     """
@@ -79,8 +79,8 @@ def empty_model(config: Any) -> Any:
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", dtype=dtype, trust_remote_code=False
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseModelError(

@@ -15,6 +15,7 @@ import torch
 from loramux_adapters import layers
 from loramux_adapters.bank import AdapterBank
 from loramux_adapters.errors import AdapterUnavailable, ContextLengthExceeded, RequestError
+from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import ResidentBase
@@ -53,14 +54,14 @@ class Engine:
     def __init__(self, base: ResidentBase, options: EngineOptions) -> None:
         self.base = base
         self.options = options
-        modules, batch = layers.install(base.model, list(base.geometry.linear_shapes))
+        names = list(base.geometry.linear_shapes)
+        groups = layers.shared_inputs(base.model, names)
+        modules, batch = layers.install(base.model, names)
         self.bank = AdapterBank(
-            modules,
-            batch,
+            DevicePool(modules, groups, batch, options.lora_rows, base.dtype, base.device),
             DeviceTier(max_loras=options.max_loras, rows=options.lora_rows),
             self._read_adapter,
             max_cpu_loras=options.max_cpu_loras,
-            device=base.device,
             dtype=base.dtype,
         )
         self.blocks = BlockManager(options.num_blocks, options.block_size)

@@ -28,6 +28,7 @@ class WaitingQueue:
         self._quantum = quantum
         self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
         self._deficit: dict[str | None, int] = {}
+        self._interrupted: set[str | None] = set()
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -49,11 +50,14 @@ class WaitingQueue:
         self._forget_if_empty(sequence.generation)
 
     def serve(self, admit: Callable[[Sequence], Verdict]) -> None:
-        """Offer heads to `admit` in fair order until it says FULL or no queue can go on."""
+        """Offer heads to `admit` in fair order until it says FULL or no queue can go on.
+
+        A turn that capacity or a loading adapter interrupts goes on where it was, first in the next step: whoever came
+        next would otherwise take every bit of room that comes free, and long prompts would starve.
+        """
         going = list(self._queues)
         while going:
             for key in list(going):
-                self._queues.move_to_end(key)  # the next step begins with whoever was not reached in this one
                 verdict = self._serve_one(key, admit)
                 if verdict is Verdict.FULL:
                     return
@@ -62,19 +66,23 @@ class WaitingQueue:
 
     def _serve_one(self, key: str | None, admit: Callable[[Sequence], Verdict]) -> Verdict | None:
         queue = self._queues[key]
-        self._deficit[key] += self._quantum
+        if key in self._interrupted:
+            self._interrupted.remove(key)  # it has earned for this turn already
+        else:
+            self._deficit[key] += self._quantum
         while queue and queue[0].num_pending <= self._deficit[key]:
             cost = queue[0].num_pending
             verdict = admit(queue[0])
             if verdict in (Verdict.NOT_YET, Verdict.FULL):
-                # Waiting for capacity must not pile up credit.
-                self._deficit[key] = min(self._deficit[key], self._quantum + cost)
+                self._interrupted.add(key)
                 return verdict
             queue.popleft()
             self._deficit[key] -= cost
+        self._queues.move_to_end(key)
         self._forget_if_empty(key)
         return None
 
     def _forget_if_empty(self, key: str | None) -> None:
         if not self._queues[key]:
             del self._queues[key], self._deficit[key]
+            self._interrupted.discard(key)

@@ -1,0 +1,178 @@
+"""The waiting line: nobody's queue keeps another's waiting, long prompts pay their length, a turn is not lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramux_server.engine.messages import AdapterRef, SamplingParams
+from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.waiting import Verdict, WaitingQueue
+
+QUANTUM = 64
+
+
+def sequence(name: str, adapter: str | None, tokens: int = 10) -> Sequence:
+    ref = None if adapter is None else AdapterRef(adapter, f"/{adapter}")
+    return Sequence(name, [1] * tokens, SamplingParams(max_tokens=1), ref)
+
+
+def serve(
+    line: WaitingQueue, room: int, verdict: Callable[[Sequence], Verdict] | None = None
+) -> list[Sequence]:
+    """One step in which `room` sequences fit; returns those admitted, in order."""
+    admitted: list[Sequence] = []
+
+    def admit(item: Sequence) -> Verdict:
+        answer = Verdict.ADMITTED if verdict is None else verdict(item)
+        if answer is Verdict.ADMITTED:
+            if len(admitted) == room:
+                return Verdict.FULL
+            admitted.append(item)
+        return answer
+
+    line.serve(admit)
+    return admitted
+
+
+def filled(*entries: tuple[str | None, int, int]) -> WaitingQueue:
+    """Entries (adapter, how many, tokens of each); ids are adapter-number."""
+    line = WaitingQueue(QUANTUM)
+    for adapter, count, tokens in entries:
+        for number in range(count):
+            line.push(sequence(f"{adapter}-{number}", adapter, tokens))
+    return line
+
+
+def test_one_queue_is_first_come_first_served() -> None:
+    line = filled(("a", 5, 10))
+    assert [s.id for s in serve(line, 99)] == [f"a-{i}" for i in range(5)]
+    assert len(line) == 0
+    assert list(line) == []
+
+
+def test_a_cold_adapters_head_is_admitted_within_one_round() -> None:
+    """A hundred prompts of a hot adapter came first; a turn is worth 64 tokens, so six of them go ahead."""
+    line = filled(("hot", 100, 10), ("cold", 1, 10))
+    order = [s.id for s in serve(line, 99)]
+    assert order.index("cold-0") <= QUANTUM // 10
+
+
+@pytest.mark.parametrize("room", [1, 2, 7])
+def test_a_cold_adapters_head_is_admitted_soon_when_few_fit_into_a_step(room: int) -> None:
+    line = filled(("hot", 100, 10), ("cold", 1, 10), (None, 100, 10))
+    order: list[str] = []
+    while "cold-0" not in order:
+        order += [s.id for s in serve(line, room)]
+    assert len(order) <= 3 * (QUANTUM // 10) + room
+
+
+@pytest.mark.parametrize("room", [1, 3, 1000])
+def test_shares_are_tokens_and_not_requests(room: int) -> None:
+    """While both wait, an adapter with long prompts gets as many tokens as one with short ones, not as many requests."""
+    line = filled(("long", 200, 50), ("short", 2000, 5))
+    tokens: Counter[str | None] = Counter()
+    while sum(tokens.values()) < 4000:
+        for item in serve(line, min(room, 20)):
+            tokens[item.generation] += item.num_pending
+    assert tokens["long"] == pytest.approx(tokens["short"], rel=0.1)
+
+
+def test_a_long_prompt_is_admitted_after_enough_rounds() -> None:
+    line = filled(("long", 1, 10 * QUANTUM), ("short", 300, 8))
+    order = [s.id for s in serve(line, 1000)]
+    assert order.index("long-0") <= 10 * (QUANTUM // 8)
+
+
+def test_a_head_that_does_not_fit_is_not_overtaken_for_ever() -> None:
+    """The big head needs all the memory: small ones of another adapter must not take it bit by bit as it comes free."""
+    line = filled(("big", 1, QUANTUM), ("small", 1000, 8))
+    for step in range(40):
+        # memory for two small ones comes free in every step, and would add up if it were left alone
+        free = 16 * (step + 1) - 8 * (1000 - sum(1 for s in line if s.generation == "small"))
+
+        def fits(item: Sequence, free: int = free) -> Verdict:
+            return Verdict.ADMITTED if item.num_pending <= free else Verdict.FULL
+
+        if any(s.generation == "big" for s in serve(line, 1000, fits)):
+            return
+    pytest.fail("the big prompt starved")
+
+
+def test_a_queue_that_cannot_go_on_yet_keeps_its_turn() -> None:
+    """Its adapter is being loaded: others go ahead meanwhile, and it is first as soon as it can."""
+    line = filled(("loading", 3, 10), ("a", 100, 10), ("b", 100, 10))
+
+    def not_yet(item: Sequence) -> Verdict:
+        return Verdict.NOT_YET if item.generation == "loading" else Verdict.ADMITTED
+
+    for _ in range(5):
+        assert len(serve(line, 4, not_yet)) == 4
+    assert serve(line, 4)[0].id == "loading-0"
+
+
+def test_waiting_for_capacity_piles_up_no_credit() -> None:
+    line = filled(("a", 100, 10), ("b", 100, 10))
+    for _ in range(50):
+        serve(line, 0)
+        serve(line, 99, lambda item: Verdict.NOT_YET)
+    order = [s.generation for s in serve(line, 40)]
+    assert order.count("a") == pytest.approx(20, abs=QUANTUM // 10)
+
+
+def test_a_dropped_head_makes_way_for_the_next() -> None:
+    line = filled(("a", 3, 10))
+    admitted = serve(line, 9, lambda item: Verdict.DROPPED if item.id == "a-0" else Verdict.ADMITTED)
+    assert [s.id for s in admitted] == ["a-1", "a-2"]
+    assert len(line) == 0
+
+
+def test_the_preempted_go_first_in_their_queue() -> None:
+    line = filled(("a", 2, 10))
+    line.push(sequence("preempted", "a"), front=True)
+    assert [s.id for s in serve(line, 9)] == ["preempted", "a-0", "a-1"]
+
+
+def test_remove_from_anywhere() -> None:
+    line = filled(("a", 3, 10), ("b", 1, 10))
+    for item in [s for s in line if s.id in ("a-1", "b-0")]:
+        line.remove(item)
+    assert [s.id for s in line] == ["a-0", "a-2"]
+    assert [s.id for s in serve(line, 9)] == ["a-0", "a-2"]
+
+
+@settings(deadline=None)
+@given(
+    entries=st.lists(
+        st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.integers(1, 300)), min_size=1, max_size=40
+    ),
+    rooms=st.lists(st.integers(0, 5), min_size=1, max_size=10),
+    data=st.data(),
+)
+def test_everyone_is_served_once_and_in_the_order_of_their_queue(
+    entries: list[tuple[str | None, int]], rooms: list[int], data: st.DataObject
+) -> None:
+    line = WaitingQueue(QUANTUM)
+    sequences = [sequence(str(number), adapter, tokens) for number, (adapter, tokens) in enumerate(entries)]
+    for item in sequences:
+        line.push(item)
+    served: list[Sequence] = []
+    for room in rooms:
+        blocked = data.draw(st.sampled_from([frozenset(), frozenset({"a"}), frozenset({None, "b"})]))
+        served += serve(
+            line,
+            room,
+            lambda item, blocked=blocked: (
+                Verdict.NOT_YET if item.generation in blocked else Verdict.ADMITTED
+            ),
+        )
+    served += serve(line, len(sequences))
+    assert len(line) == 0
+    assert len(served) == len(sequences)
+    for adapter in {s.generation for s in sequences}:
+        mine = [s.id for s in served if s.generation == adapter]
+        assert mine == [s.id for s in sequences if s.generation == adapter]
