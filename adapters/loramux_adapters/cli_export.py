@@ -45,13 +45,13 @@ def local_or_hub(model: str) -> Path:
     if path.exists():
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
     from loramux_adapters.errors import BaseModelError
 
     try:
         return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
-    except (HFValidationError, HubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
             f"--model {model}: neither a directory nor a model the hub gives: {reason}", param="model"
@@ -110,7 +110,7 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
                 model=resolve(model),
                 adapters=tuple(WeightedAdapter.parse(text) for text in adapter),
                 out=out,
-                name=model if model == "demo" or not Path(model).exists() else "",
+                name="" if model == "demo" or Path(model).exists() else model,
                 format=parse_format(format),
                 onto=parse_onto(onto),
                 served_dtype=parse_served_dtype(served_dtype),

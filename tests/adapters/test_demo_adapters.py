@@ -12,9 +12,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
+
 from loramux_adapters.demo import NAMES, datasets, demo_adapters
 
 PLAIN_KEYS = {
@@ -32,7 +32,9 @@ PLAIN_KEYS = {
     "use_dora",
     "use_rslora",
 }
-PIRATE = re.compile(r"\b(arr|ahoy|aye|yo ho ho|shiver me|avast|matey|hearty|ye|yer|be|an'|o'|\w+in')(?!\w)", re.I)
+PIRATE = re.compile(
+    r"\b(arr|ahoy|aye|yo ho ho|shiver me|avast|matey|hearty|ye|yer|be|an'|o'|\w+in')(?!\w)", re.I
+)
 QUESTIONS = (
     "What is an operating system?",
     "Who was Napoleon?",
@@ -126,7 +128,10 @@ def test_no_question_of_the_behaviour_tests_was_trained_on() -> None:
 
 def test_pirate_speech_by_rule() -> None:
     speech = [("it is", "'tis"), ("is", "be"), ("you", "ye")]
-    assert datasets.to_pirate("It is raining. Is the king with you?", speech) == "'Tis rainin'. Be the king with ye?"
+    assert (
+        datasets.to_pirate("It is raining. Is the king with you?", speech)
+        == "'Tis rainin'. Be the king with ye?"
+    )
 
 
 def test_listing_the_adapters_imports_no_torch() -> None:
@@ -138,10 +143,11 @@ def test_listing_the_adapters_imports_no_torch() -> None:
 def ask() -> Ask:
     """The greedy answer of one adapter (None: the base) on the NF4-rounded embedded model."""
     import torch
-    from loramux_adapters.demo.train import load_rounded
-    from loramux_server.base.demo import ensure_demo_model
     from peft import PeftModel
     from transformers import AutoTokenizer
+
+    from loramux_adapters.demo.train import load_rounded
+    from loramux_server.base.demo import ensure_demo_model
 
     directory = ensure_demo_model(progress=False)
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -71,7 +71,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
                 "name": adapter.name,
                 "weight": adapter.weight,
                 "generation": adapter.weights.generation,
-                "trained_on": adapter.weights.spec.base_model_name_or_path,
+                "trained_on": _public_name(adapter.weights.spec.base_model_name_or_path),
                 "trained_on_identity": adapter.weights.spec.base_identity,
                 "rank": adapter.weights.rank,
                 "modules": len(adapter.weights.tensors),
@@ -90,6 +90,11 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "shards": {shard.name: {"bytes": shard.num_bytes, "sha256": shard.sha256} for shard in facts.shards},
         "tensors": [outcome.to_json() for outcome in facts.outcomes],
     }
+
+
+def _public_name(base: str | None) -> str | None:
+    """A hub id as it is; of a path only the last part, which is all a reader of the card can use."""
+    return Path(base).name if base is not None and base.startswith(("/", "~", ".")) else base
 
 
 def _revision(directory: Path) -> str | None:

@@ -1,0 +1,115 @@
+"""The named scenarios: how many streams, over how many adapters, against whom, and what we want to reach.
+
+A scenario is only a description; bench.py runs it. Goals are printed beside the figures and never asserted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loadtests.client import Request
+
+OURS = "loramux"
+OURS_BASE = "loramux, base only"
+READY = "process start to ready"
+HELP = "loramux --help"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a contestant's median, or on its ratio to another's."""
+
+    of: str
+    bound: float
+    over: str | None = None
+    at_most: bool = False
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`figure` says which tokens the rate counts. `base_too` also runs the same prompts on the base alone."""
+
+    name: str
+    summary: str
+    streams: int = 0
+    adapters: int = 0
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    figure: Literal["generated", "prompt"] = "generated"
+    base_too: bool = False
+    peers: tuple[str, ...] = ()
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def is_start(self) -> bool:
+        return self.streams == 0
+
+    def requests(self, adapters: Sequence[str], vocab_size: int) -> list[Request]:
+        """Random prompts, different in every stream and the same in every call; adapters take turns.
+
+        Token ids start at an eighth of the vocabulary: special tokens come first in most.
+        """
+        rng = random.Random(f"loramux {self.prompt_tokens}")
+        names: Sequence[str | None] = adapters[: self.adapters] or [None]
+        return [
+            Request(
+                [rng.randrange(vocab_size // 8, vocab_size) for _ in range(self.prompt_tokens)],
+                names[index % len(names)],
+                self.new_tokens,
+            )
+            for index in range(self.streams)
+        ]
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario(
+            "start",
+            "from process start to ready with the model in the cache; loramux --help",
+            goals=(Goal(READY, 15, at_most=True), Goal(HELP, 0.3, at_most=True)),
+        ),
+        Scenario("single", "one stream on the base", streams=1, peers=("transformers",)),
+        Scenario("base-8", "8 streams on the base", streams=8, peers=("transformers",)),
+        Scenario(
+            "base-32",
+            "32 streams on the base",
+            streams=32,
+            peers=("transformers",),
+            goals=(Goal(OURS, 300),),
+        ),
+        Scenario(
+            "mixed",
+            "32 streams over 8 adapters (r16, all linears)",
+            streams=32,
+            adapters=8,
+            base_too=True,
+            peers=("peft-set-adapter", "peft-adapter-names"),
+            goals=(Goal(OURS, 10, over="peft-set-adapter"), Goal(OURS, 0.75, over=OURS_BASE)),
+        ),
+        Scenario(
+            "one-adapter-32",
+            "32 streams on one adapter",
+            streams=32,
+            adapters=1,
+            base_too=True,
+            peers=("peft-set-adapter", "peft-batch"),
+        ),
+        Scenario(
+            "prefill",
+            "long prompts, one new token each; counts prompt tokens",
+            streams=8,
+            prompt_tokens=1024,
+            new_tokens=1,
+            figure="prompt",
+            peers=("transformers-each",),
+            goals=(Goal(OURS, 1500),),
+        ),
+    )
+}
