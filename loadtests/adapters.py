@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from loramux_server.base.demo import ensure_demo_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loadtests import BenchError
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
 from loramux_adapters.weights import LoraWeights
+from loramux_server.base.demo import ensure_demo_model
 
 RANK = 16
 COUNT = 8

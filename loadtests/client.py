@@ -137,7 +137,9 @@ def _parse(submitted: float, raw: list[tuple[float, bytes]], expected: int) -> S
     ended, tokens = 0.0, 0
     for at, event in _events(raw):
         if "error" in event:
-            raise BenchError(f"the server broke off a stream: {event['error'].get('message', event['error'])}")
+            raise BenchError(
+                f"the server broke off a stream: {event['error'].get('message', event['error'])}"
+            )
         if event.get("usage"):
             tokens = event["usage"]["completion_tokens"]
         for choice in event["choices"]:

@@ -50,13 +50,17 @@ class Parity:
             what = "WRONG" if self.violations else "NOT CHECKED"
             return f"{what}: {self.violations or self.unreadable} of {self.streams} streams, off by {self.worst_deficit:.2f}"
         same = f"{self.identical}/{self.streams} identical"
-        return same if self.identical == self.streams else f"{same}, near-ties within {self.worst_deficit:.2f}"
+        return (
+            same if self.identical == self.streams else f"{same}, near-ties within {self.worst_deficit:.2f}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def summarize(checks: Iterable[StreamCheck | None], tolerance: float, texts: tuple[int, int] = (0, 0)) -> Parity:
+def summarize(
+    checks: Iterable[StreamCheck | None], tolerance: float, texts: tuple[int, int] = (0, 0)
+) -> Parity:
     """`None` is a stream that could not be read. `texts`: timed streams, and those with another text."""
     everything = list(checks)
     read = [check for check in everything if check is not None]
@@ -77,9 +81,10 @@ class TokenNames:
     """From the token names of `logprobs` back to token ids; names that several tokens share are not readable."""
 
     def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
         from loramux_server.api.detokenize import Pieces
         from loramux_server.api.logprobs import token_name
-        from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         pieces = Pieces(tokenizer)

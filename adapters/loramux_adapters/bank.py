@@ -9,11 +9,13 @@ Who is evicted when is `residency.py`; what a file must look like is `weights.py
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,8 @@ from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier, Slot
 from loramux_adapters.weights import LoraWeights
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class LoadEvent:
@@ -32,7 +36,7 @@ class LoadEvent:
     generation: str
     tier: Literal["host", "device"]
     seconds: float
-    ok: bool
+    error: str = ""  # why it failed, as one sentence; "" if it did not
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class AdapterBank:
         self._targets: dict[str, frozenset[str]] = {}
         self._moves: dict[str, Future[HostCopy | None]] = {}
         self._ready: set[str] = set()
+        self._pins: dict[str, str] = {}  # generation -> path, of what is to stay resident
+        self._pins_asked = False
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-loader")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._events_lock = threading.Lock()
@@ -119,7 +125,7 @@ class AdapterBank:
         if copy is None:
             self._moves[generation] = self._executor.submit(self._load, generation, path)
             return False
-        slot = self.tier.place(generation, copy.rows)
+        slot = self.tier.place(generation, copy.rows, before_pins=generation not in self._pins)
         self._forget_evicted()
         if slot is None:
             self.tier.wait(generation)
@@ -128,6 +134,32 @@ class AdapterBank:
         self._targets[generation] = frozenset(copy.factors)
         self._moves[generation] = self._executor.submit(self._copy, slot, copy)
         return False
+
+    def pin(self, adapters: Mapping[str, str]) -> None:
+        """Keep exactly these, generation -> path, on the device from now on; `keep_pinned` brings them there."""
+        self._pins = dict(adapters)
+        self._pins_asked = True
+        for slot in self.tier.slots.values():
+            slot.pinned = slot.pinned and slot.generation in self._pins
+
+    def keep_pinned(self) -> None:
+        """Bring the pinned adapters a step nearer. One that cannot be loaded, or is one too many, loses its pin."""
+        self._pins_asked = False
+        for generation, path in list(self._pins.items()):
+            slot = self.tier.get(generation)
+            if slot is not None and slot.pinned:
+                continue
+            try:
+                if self.prepare(generation, path):
+                    self.tier.pin(generation, True)
+            except AdapterError as error:
+                logger.warning("adapter %s is not pinned: %s", generation[:12], error.message)
+                del self._pins[generation]
+
+    @property
+    def is_pinning(self) -> bool:
+        """Whether `keep_pinned` has something to do that needs no request to end first."""
+        return self._pins_asked or any(generation in self._moves for generation in self._pins)
 
     def acquire(self, generation: str) -> None:
         """A request starts on a ready adapter; it stays resident until `release`."""
@@ -144,7 +176,15 @@ class AdapterBank:
         return sorted(self._ready)
 
     def on_host(self) -> list[str]:
+        """Least recently used first."""
         return list(self._host)
+
+    def loading(self) -> list[str]:
+        return sorted(self._moves)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(copy.num_bytes for copy in self._host.values())
 
     def take_events(self) -> list[LoadEvent]:
         with self._events_lock:
@@ -155,39 +195,26 @@ class AdapterBank:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, generation: str, path: str) -> HostCopy:
-        started = time.perf_counter()
-        ok = False
-        try:
+        with self._recorded(generation, "host"):
             weights = self._read(generation, path)
-            copy = HostCopy.build(weights, self.dtype, pin=self.device.type == "cuda")
-            ok = True
-            return copy
-        finally:
-            self._record(generation, "host", started, ok)
+            return HostCopy.build(weights, self.dtype, pin=self.device.type == "cuda")
 
     def _copy(self, slot: Slot, copy: HostCopy) -> None:
-        started = time.perf_counter()
-        ok = False
-        try:
+        with self._recorded(slot.generation, "device"):
             if self._stream is not None:
                 with torch.cuda.stream(self._stream):
                     self.pool.fill(slot, copy.factors)
                 self._stream.synchronize()
             else:
                 self.pool.fill(slot, copy.factors)
-            ok = True
-        finally:
-            self._record(slot.generation, "device", started, ok)
 
     def _finish(self, generation: str, move: Future[HostCopy | None]) -> None:
         try:
             copy = move.result()
-        except (AdapterError, OSError, MemoryError, RuntimeError) as error:
+        except AdapterError:
             if self.tier.get(generation) is not None:
                 self.tier.remove(generation)
-            if isinstance(error, AdapterError):
-                raise
-            raise AdapterUnavailable(f"adapter {generation[:12]} could not be loaded: {error}") from error
+            raise
         if copy is None:
             self.tier.slots[generation].filling = False
             self._ready.add(generation)
@@ -205,9 +232,23 @@ class AdapterBank:
             self._ready.discard(generation)
             self._targets.pop(generation, None)
 
-    def _record(self, generation: str, tier: Literal["host", "device"], started: float, ok: bool) -> None:
-        with self._events_lock:
-            self.events.append(LoadEvent(generation, tier, time.perf_counter() - started, ok))
+    @contextmanager
+    def _recorded(self, generation: str, tier: Literal["host", "device"]) -> Iterator[None]:
+        """Note how the move went. Whatever fails in it is an AdapterError that names no path."""
+        started = time.perf_counter()
+        problem = ""
+        try:
+            yield
+        except AdapterError as error:
+            problem = error.message
+            raise
+        except (OSError, MemoryError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+            problem = f"adapter {generation[:12]} could not be loaded: {reason or type(error).__name__}"
+            raise AdapterUnavailable(problem) from error
+        finally:
+            with self._events_lock:
+                self.events.append(LoadEvent(generation, tier, time.perf_counter() - started, problem))
 
     # --- selection -----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def local_or_hub(model: str) -> Path:
     if path.exists():
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from loramux_adapters.errors import BaseModelError
 

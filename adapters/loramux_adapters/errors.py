@@ -13,6 +13,7 @@
     ├── EngineError            the worker failed, is restarting or is draining
     │   └── Overloaded         the queue is full
     ├── StorageError           the data directory cannot be read or written
+    │   └── StorageFull        because there is no room left
     ├── TrainingError          a data set, recipe or job is wrong
     └── ExportError            a merge cannot be planned, written or proven
 
@@ -118,6 +119,10 @@ class Overloaded(EngineError):
 
 class StorageError(LoramuxError):
     code = "storage_error"
+
+
+class StorageFull(StorageError):
+    code = "storage_full"
 
 
 class TrainingError(LoramuxError, ValueError):

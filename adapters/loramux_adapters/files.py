@@ -6,6 +6,7 @@ file, so a FIFO, device or directory under a known name cannot block or surprise
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import uuid
@@ -13,11 +14,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from loramux_adapters.errors import StorageError
+from loramux_adapters.errors import StorageError, StorageFull
 
 CHUNK = 1024 * 1024
 
 Chunk = bytes | bytearray | memoryview
+
+
+def storage_error(what: str, error: OSError) -> StorageError:
+    """The operating system's refusal as one sentence without the path; StorageFull when room is what lacks."""
+    cls = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    return cls(f"{what}: {error.strerror or type(error).__name__}")
 
 
 class Readable(Protocol):
@@ -56,7 +63,7 @@ def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
     try:
         writer = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, apart from the source's errors)
     except OSError as error:
-        raise StorageError(f"a file cannot be created: {error.strerror}") from error
+        raise storage_error("a file cannot be created", error) from error
     with writer:
         while chunk := source.read(CHUNK):
             copied += len(chunk)
@@ -67,7 +74,7 @@ def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
                 while rest:
                     rest = rest[writer.write(rest) :]
             except OSError as error:
-                raise StorageError(f"a file cannot be written: {error.strerror}") from error
+                raise storage_error("a file cannot be written", error) from error
     return True
 
 

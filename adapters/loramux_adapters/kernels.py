@@ -42,12 +42,10 @@ def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype, device: torch.devi
 
     `torch.zeros` writes every page at once, so a pool sized for the worst case would cost its full size from the start.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
-    return torch.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(
-        *shape
-    )
+    if device.type != "cpu" or count == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).view(*shape)
 
 
 class DenseKernel:

@@ -44,7 +44,7 @@ class Lease:
         """End the claim; a second call does nothing."""
         registry, self._registry = self._registry, None
         if registry is not None:
-            registry._release(self.record.generation)
+            registry._release((self.record.name, self.record.generation))
 
     def __enter__(self) -> Lease:
         return self
@@ -74,7 +74,7 @@ class AdapterRegistry:
         self._database = RegistryDatabase(db_path)
         self._records = {record.name: record for record in self._database.records()}
         self._names = sorted(self._records)
-        self._in_flight: Counter[str] = Counter()
+        self._in_flight: Counter[tuple[str, str]] = Counter()  # by name and generation
         self._states: dict[str, tuple[State, str]] = {}
 
     def close(self) -> None:
@@ -175,12 +175,17 @@ class AdapterRegistry:
         """Resolve and claim in one step, so that what was resolved cannot be swept before it is used."""
         with self._reading:
             record = self._resolve(model)
-            self._in_flight[record.generation] += 1
+            self._in_flight[record.name, record.generation] += 1
         return Lease(self, record)
 
     def in_flight(self, generation: str) -> int:
         with self._reading:
-            return self._in_flight[generation]
+            return sum(count for (_, leased), count in self._in_flight.items() if leased == generation)
+
+    def in_use(self, name: str) -> int:
+        """Leases taken under this name, of any of its generations, also since it was deleted."""
+        with self._reading:
+            return sum(count for (leased, _), count in self._in_flight.items() if leased == name)
 
     def list(self, after: str | None = None, limit: int = 100) -> tuple[AdapterRecord, ...]:
         """Up to `limit` records in the order of their names, beginning behind the name `after`."""
@@ -204,7 +209,7 @@ class AdapterRegistry:
         with self._writing:
             with self._reading:
                 keep = {entry.generation for record in self._records.values() for entry in record.history}
-                keep.update(self._in_flight)
+                keep.update(generation for _, generation in self._in_flight)
             removed = self.store.sweep(keep, min_age=min_age)
             with self._reading:
                 for generation in removed:
@@ -278,11 +283,9 @@ class AdapterRegistry:
             self._records[record.name] = record
             return self._seen(record)
 
-    def _release(self, generation: str) -> None:
+    def _release(self, leased: tuple[str, str]) -> None:
         with self._reading:
-            self._in_flight[generation] -= 1
-            if not self._in_flight[generation]:
-                del self._in_flight[generation]
+            self._in_flight -= Counter([leased])  # which forgets what falls to zero
 
 
 def _find(record: AdapterRecord, prefix: str, param: str = "generation") -> HistoryEntry:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loramux_adapters.errors import StorageError
+from loramux_adapters.errors import StorageError, StorageFull
 
 Source = Literal["path", "upload", "hub", "training", "demo"]
 State = Literal["available", "loading", "ready", "failed"]
@@ -181,4 +181,6 @@ class RegistryDatabase:
                 raise
             self._connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise StorageError(f"the adapter registry cannot be written: {error}") from error
+            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            cls = StorageFull if full else StorageError
+            raise cls(f"the adapter registry cannot be written: {error}") from error

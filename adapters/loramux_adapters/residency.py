@@ -3,13 +3,14 @@
 disk -> host copy -> device slot. The device tier is a pool of rank rows shared by every linear: an adapter of rank r
 takes r rows, so a small adapter never pays for the largest. Promises: an adapter in use is never evicted; the least
 recently used idle one goes first; an adapter that waits long enough gets its turn, because one of those in use is
-then closed to new requests until it drains; pinned adapters stay, but at least one slot is never pinned.
-Does not move bytes: `bank.py` does, and reports back here.
+then closed to new requests until it drains; at least one slot is never pinned, and a pinned adapter gives way only
+to a request that could not be placed otherwise, ever. Does not move bytes: `bank.py` does, and reports back here.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,17 @@ class RowPool:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._free: list[tuple[int, int]] = [(0, rows)]  # (offset, length), sorted, never adjacent
+
+    @classmethod
+    def around(cls, rows: int, taken: Iterable[tuple[int, int]]) -> RowPool:
+        """A pool in which the spans `taken`, (offset, length) each, are in use."""
+        pool = cls(rows)
+        pool._free, end = [], 0
+        for offset, length in [*sorted(taken), (rows, 0)]:
+            if offset > end:
+                pool._free.append((end, offset - end))
+            end = offset + length
+        return pool
 
     @property
     def free_rows(self) -> int:
@@ -94,10 +106,12 @@ class DeviceTier:
     def get(self, generation: str) -> Slot | None:
         return self.slots.get(generation)
 
-    def place(self, generation: str, rows: int) -> Slot | None:
+    def place(self, generation: str, rows: int, *, before_pins: bool = False) -> Slot | None:
         """Reserve rows for an adapter, evicting idle ones; None if those in use leave no room yet.
 
-        Raises AdapterUnavailable if it could not fit an empty device.
+        With `before_pins`, as for a request, an idle pinned one goes when nothing else is left: pinned adapters may
+        split the free rows so that a large one never fits. Raises AdapterUnavailable if it could not fit an empty
+        device.
         """
         if rows > self.rows:
             raise AdapterUnavailable(
@@ -120,9 +134,24 @@ class DeviceTier:
                         other.closed_until = 0
                     return slot
             victim = next((s for s in self.slots.values() if s.is_idle), None)
+            if victim is None and before_pins:
+                victim = self._idle_pin()
             if victim is None:
                 return None
             self._drop(victim, reason)
+
+    def evicted_by(self, rows: int) -> tuple[str, ...] | None:
+        """Which adapters would go now if one of `rows` came; None if those in use or pinned leave no room."""
+        pool = RowPool.around(self.rows, ((slot.offset, slot.rows) for slot in self.slots.values()))
+        idle = [slot for slot in self.slots.values() if slot.is_idle]
+        gone: list[str] = []
+        while len(self.slots) - len(gone) >= self.max_loras or pool.allocate(rows) is None:
+            if not idle:
+                return None
+            victim = idle.pop(0)
+            pool.release(victim.offset, victim.rows)
+            gone.append(victim.generation)
+        return tuple(gone)
 
     def wait(self, generation: str) -> None:
         """This adapter wants a slot in this step and gets none; past its patience, close one in use until it drains.
@@ -140,8 +169,9 @@ class DeviceTier:
         if self.tick - since < self.patience:
             return
         closed = [slot for slot in self.slots.values() if slot.closed_until > self.tick]
+        unpinned = [slot for slot in self.slots.values() if not slot.pinned]
         candidates = closed or [
-            s for s in self.slots.values() if not s.pinned and s.admitted >= self.min_admitted
+            slot for slot in unpinned or self.slots.values() if slot.admitted >= self.min_admitted
         ]
         if candidates:
             max(candidates, key=lambda slot: slot.admitted).closed_until = self.tick + self.patience
@@ -183,6 +213,13 @@ class DeviceTier:
         """Take back the rows of an adapter nobody references (a failed copy, a deleted adapter)."""
         slot = self.slots.pop(generation)
         self._pool.release(slot.offset, slot.rows)
+
+    def _idle_pin(self) -> Slot | None:
+        """The least recently used pinned adapter without requests, if every adapter on the device is pinned."""
+        slots = self.slots.values()
+        if any(not slot.pinned or slot.filling for slot in slots):
+            return None
+        return next((slot for slot in slots if not slot.references), None)
 
     def _drop(self, slot: Slot, reason: Literal["capacity", "fairness"]) -> None:
         self.remove(slot.generation)

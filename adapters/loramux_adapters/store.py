@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from loramux_adapters.adapter_files import DEFAULT_LIMITS
 from loramux_adapters.errors import InvalidAdapter, StorageError
-from loramux_adapters.files import fsync_directory, write_file
+from loramux_adapters.files import fsync_directory, storage_error, write_file
 
 if TYPE_CHECKING:
     from loramux_adapters.weights import LoraWeights
@@ -65,7 +65,7 @@ class GenerationStore:
                     for leftover in self._partial.iterdir():
                         shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
-            raise StorageError(f"the adapter store cannot be opened: {error.strerror}") from error
+            raise storage_error("the adapter store cannot be opened", error) from error
 
     def publish(self, weights: LoraWeights, info: Mapping[str, object] | None = None) -> str:
         """Store the weights and return their generation; storing the same content again changes nothing."""
@@ -78,7 +78,7 @@ class GenerationStore:
                     with self._lock:
                         self._install(staged, self._directory(generation))
         except OSError as error:
-            raise StorageError(f"generation {generation[:12]} cannot be stored: {error.strerror}") from error
+            raise storage_error(f"generation {generation[:12]} cannot be stored", error) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         return generation
@@ -167,7 +167,7 @@ class GenerationStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StorageError(f"generation {generation[:12]} cannot be deleted: {error.strerror}") from error
+            raise storage_error(f"generation {generation[:12]} cannot be deleted", error) from error
         return discarded
 
     def _renew(self, generation: str) -> bool:

@@ -125,7 +125,11 @@ async def test_usage_in_every_chunk(client: httpx.AsyncClient) -> None:
 async def test_many_prompts_and_choices(client: httpx.AsyncClient, stand: Stand, stream: bool) -> None:
     def by_index(call: Call) -> Iterable[TokenOutput | Exception | float]:
         words = ["Hello", " world", "Hello world", " this"]
-        return stand.engine.saying(words[int(call.request_id.rpartition("-")[2])])(call)
+        index = int(call.request_id.rpartition("-")[2])
+        for output in stand.engine.saying(words[index])(call):
+            if isinstance(output, TokenOutput) and index % 2:
+                output.cached_tokens = 100  # a second choice finds the whole prompt in the cache
+            yield output
 
     stand.engine.script = by_index
     fields = {"prompt": [[5, 6], [7, 8, 9]], "n": 2, "seed": 40}
@@ -192,7 +196,9 @@ async def test_logprobs_of_a_torn_character_name_its_bytes(client: httpx.AsyncCl
     content = (await ask(client, True, logprobs=True)).json()["choices"][0]["logprobs"]["content"]
     assert [entry["token"] for entry in content] == ["bytes:\\xe2", "bytes:\\x98", "bytes:\\x83"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "☃"
-    # In a stream they come with the text they belong to.
+    # In a stream they come with the text they belong to, and nothing comes without text.
+    plain = events(await ask(client, False, stream=True))
+    assert [chunk["choices"][0]["text"] for chunk in plain] == ["☃", ""]
     chunks = events(await ask(client, True, logprobs=True, stream=True))
     assert chunks[1]["choices"][0]["delta"] == {"content": "☃"}
     assert len(chunks[1]["choices"][0]["logprobs"]["content"]) == 3

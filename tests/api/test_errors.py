@@ -143,21 +143,20 @@ async def test_an_engine_that_does_not_accept(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("adapter_unavailable", 503), ("overloaded", 429), ("invalid_request", 400), ("anything_else", 503)],
+)
 async def test_a_sequence_that_the_engine_ends_with_an_error(
-    client: httpx.AsyncClient, stand: Stand, stream: bool
+    client: httpx.AsyncClient, stand: Stand, stream: bool, code: str, status: int
 ) -> None:
     def fails(call: Call) -> list[TokenOutput]:
-        code = "adapter_unavailable"
-        return [TokenOutput(call.request_id, [], finish="error", error="out of slots", error_code=code)]
+        return [TokenOutput(call.request_id, [], finish="error", error="no slot", error_code=code)]
 
     stand.engine.script = fails
     response = await client.post("/v1/completions", json=PROMPT | {"stream": stream})
     error = envelope(response)
-    assert (response.status_code, error["message"], error["code"]) == (
-        503,
-        "out of slots",
-        "adapter_unavailable",
-    )
+    assert (response.status_code, error["message"], error["code"]) == (status, "no slot", code)
 
 
 async def test_an_engine_that_ends_without_finishing(client: httpx.AsyncClient, stand: Stand) -> None:

@@ -179,6 +179,7 @@ def save(model: Any, recipe: Recipe, out: Path) -> None:
         name: value.detach().to(torch.bfloat16) for name, value in get_peft_model_state_dict(model).items()
     }
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "adapter_model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     config = {
         "base_model_name_or_path": BASE_ID,
         "bias": "none",

@@ -190,6 +190,11 @@ def _load(adapter: WeightedAdapter, skeleton: BaseSkeleton, options: ExportOptio
     if not adapter.path.is_dir():
         raise ExportError(f"--adapter {adapter.path}: there is no such directory", param="adapter")
     weights = LoraWeights.read(adapter.path, skeleton.geometry(options.base_name))
+    if not any(bool(b.any()) for _, b in weights.tensors.values()):
+        raise ExportError(
+            f"--adapter {adapter.path}: changes nothing: every lora_B is zero, as before training",
+            param="adapter",
+        )
     return LoadedAdapter(adapter.path.resolve().name, adapter.weight, weights)
 
 

@@ -62,17 +62,20 @@ class PagedBatch:
     lengths: torch.Tensor  # [num_decodes] int64: tokens each may attend to, its own included
     chunks: SequenceOf[Chunk]
     cache: KVCache
-    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def decode_mask(self, window: int | None) -> torch.Tensor | None:
-        """`[num_decodes, 1, 1, L]` bool, True where a key may be seen; the same for every layer of a kind."""
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """`[num_decodes, 1, 1, L]` to add to the scores, -inf where a key may not be seen; one for all layers of a kind."""
         if window not in self._masks:
             padded = self.block_table.shape[1] * self.cache.block_size
             keys = torch.arange(padded, device=self.lengths.device)
-            visible = keys[None, :] < self.lengths[:, None]
+            hidden = keys[None, :] >= self.lengths[:, None]
             if window is not None:
-                visible &= keys[None, :] >= self.lengths[:, None] - window
-            self._masks[window] = None if bool(visible.all()) else visible[:, None, None, :]
+                hidden |= keys[None, :] < self.lengths[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
+            self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
 
 
@@ -138,7 +141,7 @@ def paged_attention(
         keys, values = cache.gather(layer, paged.block_table)
         # The query heads that share a KV head become query rows of it: no repeated keys.
         grouped = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], -1, query.shape[-1])
-        mask = paged.decode_mask(sliding_window)
+        mask = paged.decode_mask(sliding_window, query.dtype)
         out[:n] = _attend(grouped, keys, values, mask, scale, softcap).reshape(n, *out.shape[1:])
     for chunk in paged.chunks:
         rows = slice(chunk.start, chunk.start + chunk.length)
@@ -169,10 +172,13 @@ def _attend_chunk(
     else:
         positions = torch.arange(chunk.context, total, device=query.device)
         seen = torch.arange(total, device=query.device)
-        visible = seen[None, :] <= positions[:, None]
+        hidden = seen[None, :] > positions[:, None]
         if window is not None:
-            visible &= seen[None, :] > positions[:, None] - window
-        out = _attend(query, keys, values, visible[None, None], scale, softcap)
+            hidden |= seen[None, :] <= positions[:, None] - window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(
+            hidden, -torch.inf
+        )
+        out = _attend(query, keys, values, mask, scale, softcap)
     return out[0].transpose(0, 1)
 
 
@@ -184,13 +190,13 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """`[b, h, q, d]` against `[b, h, L, d]`; with `softcap` the scores are squashed to +-softcap (Gemma 2)."""
+    """`[b, h, q, d]` against `[b, h, L, d]`, `mask` is added; `softcap` squashes the scores to +-softcap (Gemma 2)."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
     scores = torch.matmul(query.float(), keys.float().transpose(-2, -1)) * scale
     scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     return torch.matmul(scores.softmax(-1), values.float()).to(query.dtype)
 
 

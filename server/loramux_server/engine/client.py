@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 import zmq
@@ -30,6 +30,7 @@ from loramux_server.engine.messages import (
     Command,
     EngineStats,
     Fatal,
+    PinAdapters,
     Ready,
     SamplingParams,
     Shutdown,
@@ -59,6 +60,7 @@ class WorkerClient:
         self._failure = ""
         self._restarts = 0
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._pinned: list[AdapterRef] = []
         self._listeners: list[Callable[[StepOutput], None]] = []
         self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -94,6 +96,11 @@ class WorkerClient:
 
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         self._listeners.append(listener)
+
+    async def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        self._pinned = list(adapters)
+        if self._state in ("ready", "draining"):
+            await self._send(PinAdapters(self._pinned))
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
@@ -177,7 +184,10 @@ class WorkerClient:
                     raise BaseModelError(event.message)
                 if isinstance(event, Ready):
                     self._ready = event
+                    self._stats = None
                     self._state = "ready"
+                    if self._pinned:
+                        await self._send(PinAdapters(self._pinned))
                     return event
         finally:
             exited.cancel()

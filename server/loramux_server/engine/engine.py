@@ -24,6 +24,7 @@ from loramux_server.engine.messages import (
     AdapterEviction,
     AdapterLoad,
     AddRequest,
+    DeviceSlot,
     EngineStats,
     FinishReason,
     StepOutput,
@@ -74,7 +75,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.bank.is_pinning
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises RequestError if it could never run."""
@@ -105,12 +106,16 @@ class Engine:
         """Advance every scheduled sequence and say what came of it."""
         self._steps += 1
         self.bank.tier.tick += 1
+        self.bank.keep_pinned()
         plan = self.scheduler.schedule()
         outputs = [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
         if plan.scheduled:
             logits = self.runner.run(plan.scheduled)
             outputs += self._postprocess(plan.scheduled, logits)
-        loads = [AdapterLoad(e.generation, e.tier, e.seconds, e.ok) for e in self.bank.take_events()]
+        loads = [
+            AdapterLoad(event.generation, event.tier, event.seconds, ok=not event.error, error=event.error)
+            for event in self.bank.take_events()
+        ]
         evictions = [AdapterEviction(e.generation, e.tier, e.reason) for e in self.bank.tier.take_evictions()]
         return StepOutput(outputs=outputs, stats=self.stats(plan), loads=loads, evictions=evictions)
 
@@ -185,4 +190,10 @@ class Engine:
             preemptions=self.scheduler.preemptions,
             device_adapters=self.bank.resident(),
             host_adapters=self.bank.on_host(),
+            loading_adapters=self.bank.loading(),
+            device_slots=[
+                DeviceSlot(one.generation, one.offset, one.rows, one.references, one.pinned, one.filling)
+                for one in self.bank.tier.slots.values()
+            ],
+            host_bytes=self.bank.host_bytes,
         )

@@ -48,6 +48,10 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        """Keep exactly these adapters on the device, as room allows, across restarts of the worker too."""
+        ...
+
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         """Call `listener` on the event loop with every step's output."""
         ...

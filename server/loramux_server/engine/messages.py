@@ -54,11 +54,17 @@ class AbortRequest(msgspec.Struct, tag="abort"):
     id: str
 
 
+class PinAdapters(msgspec.Struct, tag="pin"):
+    """Bring exactly these to the device and keep them there; what was pinned before and is not named no longer is."""
+
+    adapters: list[AdapterRef]
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Stop at once; the front has drained already."""
 
 
-Command = AddRequest | AbortRequest | Shutdown
+Command = AddRequest | AbortRequest | PinAdapters | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -87,6 +93,7 @@ class AdapterLoad(msgspec.Struct):
     tier: Literal["host", "device"]
     seconds: float
     ok: bool
+    error: str = ""  # if not ok: one sentence
 
 
 class AdapterEviction(msgspec.Struct):
@@ -95,6 +102,17 @@ class AdapterEviction(msgspec.Struct):
     generation: str
     tier: Literal["host", "device"]
     reason: Literal["capacity", "fairness"]
+
+
+class DeviceSlot(msgspec.Struct, array_like=True):
+    """One adapter's place among the rank rows of the device."""
+
+    generation: str
+    offset: int
+    rows: int
+    references: int  # requests running on it
+    pinned: bool
+    filling: bool  # being copied, not usable yet
 
 
 class EngineStats(msgspec.Struct):
@@ -109,7 +127,10 @@ class EngineStats(msgspec.Struct):
     batch_adapters: int
     preemptions: int
     device_adapters: list[str]
-    host_adapters: list[str]
+    host_adapters: list[str]  # least recently used first
+    loading_adapters: list[str] = []
+    device_slots: list[DeviceSlot] = []  # least recently used first
+    host_bytes: int = 0
 
 
 class StepOutput(msgspec.Struct, tag="step"):
@@ -135,6 +156,9 @@ class Ready(msgspec.Struct, tag="ready"):
     weight_bytes: int
     kv_blocks_total: int
     kv_block_size: int
+    max_loras: int
+    max_cpu_loras: int
+    lora_rows: int  # rank rows of the device, shared by the adapters on it
 
 
 class Fatal(msgspec.Struct, tag="fatal"):

@@ -38,8 +38,9 @@ def sample(logits: torch.Tensor, sequences: list[Sequence], end_tokens: tuple[in
     ]
     for row, sequence in enumerate(sequences):
         _adjust(logits[row], sequence, end_tokens)
-    finite = torch.isfinite(logits.amax(-1)).tolist()
-    tokens: list[int] = logits.argmax(-1).tolist()
+    highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
+    finite = torch.isfinite(highest).tolist()
+    tokens: list[int] = likeliest.tolist()
     results: list[Sampled] = []
     for row, sequence in enumerate(sequences):
         if not finite[row]:

@@ -29,6 +29,7 @@ from loramux_server.engine.messages import (
     AddRequest,
     Event,
     Fatal,
+    PinAdapters,
     Ready,
     Shutdown,
     StepOutput,
@@ -82,6 +83,8 @@ class Worker:
                         self._refused.append(refusal)
                 case AbortRequest():
                     self.engine.abort(command.id)
+                case PinAdapters():
+                    self.engine.bank.pin({one.generation: one.path for one in command.adapters})
                 case Shutdown():
                     return False
             timeout_ms = 0
@@ -111,6 +114,9 @@ def describe(base: ResidentBase, options: EngineOptions) -> Ready:
         weight_bytes=base.weight_bytes,
         kv_blocks_total=options.num_blocks,
         kv_block_size=options.block_size,
+        max_loras=options.max_loras,
+        max_cpu_loras=options.max_cpu_loras,
+        lora_rows=options.lora_rows,
     )
 
 

@@ -65,7 +65,9 @@ def write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def make_base(directory: Path, family: str, *, shard: str = "50GB", dtype: torch.dtype = torch.bfloat16) -> Path:
+def make_base(
+    directory: Path, family: str, *, shard: str = "50GB", dtype: torch.dtype = torch.bfloat16
+) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]())
     _give_winners(model, family)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from loramux_adapters.export import ExportOptions, VerifyOptions, WeightedAdapter, plan_export, run_export
@@ -38,14 +39,14 @@ def nf4_rounded(weight: torch.Tensor) -> torch.Tensor:
     return bnb.dequantize_4bit(packed, state)
 
 
-def served_model(base: Path, adapters: list[tuple[Path, float]] = ()) -> Any:
+def served_model(base: Path, adapters: tuple[Path, ...] = ()) -> Any:
     """transformers with every decoder linear rounded to NF4, the adapters applied by PEFT; fp32 arithmetic."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             module.weight.data = nf4_rounded(module.weight.data).float()
-    for number, (path, _) in enumerate(adapters):
+    for number, path in enumerate(adapters):
         if number == 0:
             model = PeftModel.from_pretrained(model, path, adapter_name="a0")
         else:
@@ -85,7 +86,7 @@ def test_export_is_the_served_model(
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     exported = logits_of(model, tokens)
-    served = logits_of(served_model(base, [(adapter, 1.0)]), tokens)
+    served = logits_of(served_model(base, (adapter,)), tokens)
     bare = logits_of(served_model(base), tokens)
 
     assert kl(exported, served) <= 1e-5
@@ -94,9 +95,7 @@ def test_export_is_the_served_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
-def test_each_tensor_is_what_it_should_be(
-    bases: Callable[[str], Path], family: str, tmp_path: Path
-) -> None:
+def test_each_tensor_is_what_it_should_be(bases: Callable[[str], Path], family: str, tmp_path: Path) -> None:
     base = bases(family)
     targets = ["model.layers.1.mlp.down_proj"]
     adapter = make_adapter(tmp_path / "adapter", base, Recipe({"target_modules": targets}, size=LARGE))
@@ -129,12 +128,10 @@ def test_merged_values_are_rounded_once(bases: Callable[[str], Path], tmp_path: 
 
     exact = nf4_rounded(before[f"{module}.weight"]).double() + 16 / 8**0.5 * b @ a
     error = (after[f"{module}.weight"].double() - exact).abs()
-    assert bool((error <= exact.abs() * 2**-8 * 0.5001 + 1e-7).all())
+    assert bool((error <= exact.abs() * 2**-8 * 1.0001 + 1e-7).all())
 
 
-def test_several_adapters_add_up(
-    bases: Callable[[str], Path], tokens: torch.Tensor, tmp_path: Path
-) -> None:
+def test_several_adapters_add_up(bases: Callable[[str], Path], tokens: torch.Tensor, tmp_path: Path) -> None:
     base = bases("llama")
     first = make_adapter(tmp_path / "first", base, Recipe({"r": 4}, size=LARGE))
     second = make_adapter(
@@ -144,10 +141,10 @@ def test_several_adapters_add_up(
     options = ExportOptions(base, adapters, tmp_path / "merged", verify=UNVERIFIED)
     run_export(plan_export(options))
 
-    served = served_model(base, [(first, 0.7), (second, -0.3)])
+    served = served_model(base, (first, second))
     for name, weight in (("a0", 0.7), ("a1", -0.3)):
         for module in served.modules():
-            if name in getattr(module, "scaling", {}):
+            if isinstance(module, LoraLayer) and name in module.scaling:
                 module.scaling[name] *= weight
     served.base_model.set_adapter(["a0", "a1"])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -169,7 +166,7 @@ def test_the_proof_agrees_with_transformers(
         tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
     )
     exported = logits_of(model, tokens)
-    served = logits_of(served_model(base, [(adapter, 1.0)]), tokens)
+    served = logits_of(served_model(base, (adapter,)), tokens)
     loss = -served[:-1].gather(-1, tokens[0, 1:, None]).mean()
 
     assert proof.export.positions == 200
@@ -179,9 +176,7 @@ def test_the_proof_agrees_with_transformers(
     assert proof.failures == ()
 
 
-def test_sharded_bases_and_exports(
-    bases: Callable[[str], Path], adapter: Path, tmp_path: Path
-) -> None:
+def test_sharded_bases_and_exports(bases: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
     from .conftest import make_base
 
     sharded = make_base(tmp_path / "base", "llama", shard="60KB")

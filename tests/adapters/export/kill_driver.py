@@ -1,0 +1,95 @@
+"""Kill exports at random points and resume them: `python kill_driver.py WORK KILLS SEED`.
+
+Everything is imported once; each export runs in a fork. Prints one line of JSON: how many kills hit a running export, in
+which states, and every file that differs from the uninterrupted export (which must be none).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from loramux_adapters.export import (
+    ExportOptions,
+    ExportPlan,
+    VerifyOptions,
+    WeightedAdapter,
+    plan_export,
+    run_export,
+)
+
+
+def plan_for(work: Path, out: Path) -> ExportPlan:
+    verify = VerifyOptions(prompts=1, tokens=16)
+    options = ExportOptions(
+        work / "base", (WeightedAdapter(work / "adapter"),), out, shard_bytes=20_000, verify=verify
+    )
+    return plan_export(options)
+
+
+def forked(action: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    return pid
+
+
+def exited_well(pid: int) -> bool:
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def main(work: Path, kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    whole = work / "whole"
+    started = time.monotonic()
+    assert exited_well(forked(lambda: void(run_export(plan_for(work, whole)))))
+    duration = time.monotonic() - started
+    expected = contents(whole)
+    chance = random.Random(seed)
+    interrupted, shards_kept, different = 0, [], []
+    for number in range(kills):
+        out = work / f"killed-{number}"
+        resume = False
+        for _ in range(2):  # killed, resumed and killed again
+            pid = forked(lambda out=out, resume=resume: void(run_export(plan_for(work, out), resume=resume)))
+            time.sleep(chance.uniform(0.0, duration))
+            os.kill(pid, signal.SIGKILL)
+            interrupted += not exited_well(pid)
+            if out.exists():
+                break
+            resume = True
+        if not out.exists():
+            partial = out.with_name(out.name + ".partial")
+            shards_kept.append(len(list(partial.glob("*.safetensors"))))
+            assert exited_well(forked(lambda out=out: void(run_export(plan_for(work, out), resume=True))))
+        found = contents(out)
+        different += [f"{number}: {name}" for name in expected if found.get(name) != expected[name]]
+        different += [f"{number}: {name} is extra" for name in found.keys() - expected.keys()]
+        shutil.rmtree(out)
+    result = {"interrupted": interrupted, "shards_kept": shards_kept, "different": different}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def void(value: object) -> None:
+    """So that a lambda has no result."""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

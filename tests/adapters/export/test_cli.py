@@ -1,0 +1,106 @@
+"""`loramux export` as typed: exit codes, what goes to which stream, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from loramux_adapters.cli_export import register
+from loramux_adapters.export.sources import ServedSource
+
+
+@pytest.fixture
+def export(bases: Callable[[str], Path]) -> Callable[..., Result]:
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    register(app, lambda: bases("llama"))
+
+    def invoke(command: str, *arguments: object) -> Result:
+        return CliRunner().invoke(app, [command, *map(str, arguments)])
+
+    return invoke
+
+
+def test_dry_run_writes_nothing(export: Callable[..., Result], adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    result = export("export", "--model", "demo", "--adapter", f"{adapter}=0.5", "--out", out, "--dry-run")
+    assert result.exit_code == 0
+    assert "plain x 0.5 (rank 8, 14 modules)" in result.stdout
+    assert "6 copied, 14 merged" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+    as_json = export("merge", "--model", "demo", "--adapter", adapter, "--out", out, "--dry-run", "--json")
+    plan = json.loads(as_json.stdout)
+    assert plan["tensors"] == {"copied": 6, "merged": 14}
+    assert plan["bytes"] > 0
+    assert plan["peak_memory_bytes"] > 0
+
+
+def test_export_and_what_it_says(
+    export: Callable[..., Result], bases: Callable[[str], Path], adapter: Path, tmp_path: Path
+) -> None:
+    common = ("--model", bases("llama"), "--adapter", adapter, "--verify-tokens", 32)
+    result = export("export", *common, "--out", tmp_path / "one", "--compare")
+    assert result.exit_code == 0
+    assert f"exported to {tmp_path / 'one'}" in result.stdout
+    assert "export || served: KL" in result.stdout
+    assert "other base || served: KL" in result.stdout
+
+    silent = export("export", *common, "--out", tmp_path / "two", "--quiet")
+    assert (silent.exit_code, silent.stdout) == (0, "")
+
+    parsed = json.loads(export("export", *common, "--out", tmp_path / "three", "--json").stdout)
+    assert parsed["out"] == str(tmp_path / "three")
+    assert parsed["report"]["verification"]["passed"] is True
+
+
+def test_refusals_are_one_sentence_and_exit_1(
+    export: Callable[..., Result], adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "merged").mkdir()
+    common = ("--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged")
+    result = export("export", *common)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("loramux: ")
+    assert "exists already" in result.stderr
+    error = json.loads(export("export", *common, "--json").stdout)["error"]
+    assert (error["param"], error["code"]) == ("out", "export_error")
+    for word, value in (("--onto", "half"), ("--format", "gguf"), ("--served-dtype", "int4")):
+        assert export("export", *common, word, value).exit_code == 1
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n")
+    assert "holds no text" in export("export", *common, "--verify-file", prompts).stderr
+
+
+def test_an_unproven_export_exits_3(
+    export: Callable[..., Result], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServedSource, "adapt", lambda self, module, x: None)
+    result = export(
+        "export", "--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged", "--strict"
+    )
+    assert result.exit_code == 3
+    assert "is not equal to the served model" in result.stderr
+    assert (tmp_path / "merged.partial").is_dir()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_prompts_from_a_file(export: Callable[..., Result], adapter: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The gulls knew first.\n\nThey left at noon.\n")
+    arguments = ("--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged", "--json")
+    result = export("export", *arguments, "--verify-file", prompts, "--verify", 2)
+    verification = json.loads(result.stdout)["report"]["verification"]
+    assert verification["tokens"] == "given texts"
+    assert verification["export"]["positions"] == 21 + 18
+
+
+def test_help_needs_nothing_heavy() -> None:
+    check = "import sys, loramux_adapters.cli_export; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0

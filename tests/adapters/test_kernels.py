@@ -1,0 +1,105 @@
+"""The prepared matrix product equals the plain one, and the pool's zeros are zeros that can be written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loramux_adapters import kernels
+from loramux_adapters.kernels import DenseKernel, ResidentLinear, prepacking_available, zeros_on_demand
+
+SHAPES = [(64, 64), (96, 128), (7, 33), (320, 64), (1, 5)]
+BATCHES = [(1,), (3,), (40,), (1, 1), (1, 17), (2, 3)]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_kernel_equals_linear(
+    dtype: torch.dtype, shape: tuple[int, int], batch: tuple[int, ...], bias: bool
+) -> None:
+    weight = random(*shape, dtype=dtype, seed=0)
+    x = random(*batch, shape[1], dtype=dtype, seed=1)
+    b = random(shape[0], dtype=dtype, seed=2) if bias else None
+    for prepack in (True, False):
+        y = DenseKernel(weight, prepack=prepack)(x, b)
+        assert y.shape == (*batch, shape[0])
+        assert y.dtype == dtype
+        exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        size = F.linear(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs())
+        # one rounding of the result (two where the bias is added to a rounded product), fp32 accumulation
+        ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
+        bound = ulp * exact.abs() + (1 + bias) * ulp * 0.5 * size.clamp(max=exact.abs().max()) + 2.0**-18 * size
+        assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+def test_the_reordered_copy_replaces_the_plain_one_where_it_is_usable() -> None:
+    weight = random(64, 96, dtype=torch.bfloat16, seed=0)
+    assert DenseKernel(weight).prepacked == prepacking_available()
+    assert not DenseKernel(weight, prepack=False).prepacked
+    assert not DenseKernel(weight.float()).prepacked
+    assert DenseKernel(weight).num_bytes == 64 * 96 * 2
+
+
+def test_without_the_private_operators_the_plain_product_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "prepacking_available", lambda: False)
+    weight, x = random(64, 96, dtype=torch.bfloat16, seed=0), random(3, 96, dtype=torch.bfloat16, seed=1)
+    kernel = DenseKernel(weight)
+    assert not kernel.prepacked
+    assert torch.equal(kernel(x), F.linear(x, weight))
+
+
+def test_a_probe_that_computes_nonsense_turns_prepacking_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not prepacking_available():
+        pytest.skip("this CPU has no bf16 arithmetic")
+    plain = F.linear
+    monkeypatch.setattr(kernels.F, "linear", lambda x, weight: plain(x, weight) + 1)
+    assert not prepacking_available.__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_resident_linear_shares_the_weight_and_still_trains(dtype: torch.dtype) -> None:
+    plain = torch.nn.Linear(64, 96, dtype=dtype)
+    resident = ResidentLinear(plain)
+    assert resident.weight is plain.weight
+    assert resident.bias is plain.bias
+    x = random(1, 5, 64, dtype=dtype, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(resident(x), plain(x), rtol=2e-2, atol=2e-2)
+    x.requires_grad_()
+    resident(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0, 0], plain.weight.detach().sum(0), rtol=2e-2, atol=2e-2)
+    assert plain.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape", [(4, 5), (0, 5), (3, 2, 1), (512, 4096)])
+def test_zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    zeros = zeros_on_demand(shape, dtype, torch.device("cpu"))
+    assert zeros.shape == shape
+    assert zeros.dtype == dtype
+    assert not bool(zeros.any())
+    zeros.fill_(3)
+    assert bool((zeros == 3).all())
+    again = zeros_on_demand(shape, dtype, torch.device("cpu"))
+    assert not bool(again.any())
+
+
+def test_zeros_on_demand_costs_what_is_written() -> None:
+    """A pool for the worst case must not take its whole size from the machine at start."""
+
+    def resident_bytes() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident_bytes()
+    pool = zeros_on_demand((1024, 256 * 1024), torch.float32, torch.device("cpu"))  # 1 GiB
+    pool[:4].fill_(1)
+    assert resident_bytes() - before < 64 * 2**20
