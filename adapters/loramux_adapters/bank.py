@@ -23,7 +23,7 @@ import torch
 
 from loramux_adapters.errors import AdapterError, AdapterUnavailable
 from loramux_adapters.pool import DevicePool
-from loramux_adapters.residency import DeviceTier, Slot
+from loramux_adapters.residency import DeviceTier, Eviction, Slot
 from loramux_adapters.weights import LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class HostCopy:
             b_view = block[offset + a.numel() : offset + a.numel() + b.numel()].view(r, -1)
             offset += a.numel() + b.numel()
             a_view.copy_(a)
-            b_view.copy_(b.float().mul_(weights.spec.scaling(name)).t())
+            b_view.copy_((b.float() * weights.spec.scaling(name)).t())
             factors[name] = (a_view, b_view)
         if not bool(torch.isfinite(block).all()):
             raise AdapterUnavailable(
@@ -186,6 +186,10 @@ class AdapterBank:
     def host_bytes(self) -> int:
         return sum(copy.num_bytes for copy in self._host.values())
 
+    @property
+    def device_bytes(self) -> int:
+        return self.pool.row_bytes * sum(slot.rows for slot in self.tier.slots.values())
+
     def take_events(self) -> list[LoadEvent]:
         with self._events_lock:
             events, self.events = self.events, []
@@ -226,6 +230,7 @@ class AdapterBank:
             if victim is None:
                 break
             del self._host[victim]
+            self.tier.evictions.append(Eviction(victim, "host", "capacity"))
 
     def _forget_evicted(self) -> None:
         for generation in [g for g in self._ready if self.tier.get(g) is None]:

@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from loramux_adapters.nf4 import NF4Weight
-from loramux_server.base.loading import pick_device, pick_dtype
+from loramux_server.base.device import pick_device, pick_dtype
 
 BASE_ROW = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _ROWS_PER_CHECK = 8

@@ -1,96 +1,291 @@
-"""The adapters of one base: the registry on disk, what the command line adds to it, and the folders it watches.
+"""The adapters of one base, and everything that is done to them while the server runs.
 
 Every base has its own registry and store below the data directory, named by its quantization identity, so that an adapter
-checked against one base can never be served on another. What fails the gate is logged and counted, and harms nobody.
+checked against one base can never be served on another. What an operation acknowledged is durable; what it refuses
+changes nothing. Disk work runs on threads. Where adapters come from without being asked is `folders.py`; HTTP is `api/`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
 
-from watchfiles import awatch
-
-from loramux_adapters.adapter_files import GateLimits
-from loramux_adapters.errors import AdapterError, ConfigError, RequestError
-from loramux_adapters.registry import AdapterRegistry
-from loramux_adapters.scanner import AdapterScanner, ScanReport, import_directory
+from loramux_adapters.adapter_files import DEFAULT_LIMITS, GateLimits
+from loramux_adapters.errors import AdapterConflict, ConfigError, InvalidAdapter, StorageError
+from loramux_adapters.registry import AdapterRecord, AdapterRegistry
+from loramux_adapters.registry_db import State
+from loramux_adapters.sources import Staged, clean_staging
 from loramux_adapters.spec import BaseGeometry
-from loramux_adapters.store import GenerationStore
-from loramux_server.engine.messages import Ready
+from loramux_adapters.store import GenerationStore, Manifest
+from loramux_server.engine.interface import EngineClient
+from loramux_server.engine.messages import AdapterRef, Ready, StepOutput
 from loramux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-_RESCAN_S = 30.0  # network file systems send no change events
+MAX_GATES = 2  # adapters read into memory at once
+SWEEP_EVERY_S = 300.0
+_EVERYTHING = 10**9
 
 
 def geometry_of(ready: Ready) -> BaseGeometry:
     return BaseGeometry(name=ready.base_name, identity=ready.base_identity, linear_shapes=ready.linear_shapes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a client says about an adapter. None keeps what is there, or means the default."""
+
+    overwrite: bool = False
+    pinned: bool | None = None
+    description: str | None = None
+    metadata: Mapping[str, object] | None = None
+    default_sampling: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a name means now, and what its uploader should know though it refuses nothing."""
+
+    record: AdapterRecord
+    warnings: tuple[str, ...]
+
+
 class AdapterCatalog:
-    """Owns the registry. Methods may block on the disk: call them from a thread once the loop serves."""
+    """Owns the registry. One process at a time has a base's folder: a second one is a ConfigError."""
 
     def __init__(
-        self, data_dir: Path, ready: Ready, *, reserved: Sequence[str], max_lora_rank: int, metrics: Metrics
+        self,
+        data_dir: Path,
+        engine: EngineClient,
+        metrics: Metrics,
+        *,
+        reserved: Collection[str],
+        max_lora_rank: int,
+        max_file_bytes: int = DEFAULT_LIMITS.max_file_bytes,
     ) -> None:
-        self.geometry = geometry_of(ready)
-        self.limits = GateLimits(max_rank=max_lora_rank)
-        self._metrics = metrics
-        root = data_dir / "bases" / (ready.base_identity[:16] or "unknown")
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            (root / "base.json").write_text(
-                json.dumps({"name": ready.base_name, "identity": ready.base_identity})
-            )
-        except OSError as error:
-            raise ConfigError(f"--data-dir {data_dir}: {error.strerror}", param="data_dir") from error
+        """`reserved` are the base's names. The engine's worker must be ready."""
+        self.engine = engine
+        self.metrics = metrics
+        self.geometry = geometry_of(engine.ready)
+        self.limits = GateLimits(max_rank=max_lora_rank, max_file_bytes=max_file_bytes)
+        root = data_dir / "bases" / (self.geometry.identity[:16] or "unknown")
+        self.staging = root / "staging"
+        self._lock = _take(root, self.geometry, data_dir)
+        clean_staging(self.staging)
         self.registry = AdapterRegistry(
             root / "adapters.sqlite3", GenerationStore(root / "generations"), reserved=reserved
         )
-        self._scanner: AdapterScanner | None = None
-
-    def add_modules(self, modules: Mapping[str, Path]) -> None:
-        """Import what the command line names. Raises ConfigError: a name somebody typed must work or be an error."""
-        for name, path in modules.items():
-            try:
-                record = import_directory(self.registry, self.geometry, name, path, limits=self.limits)
-            except (AdapterError, RequestError) as error:
-                raise ConfigError(
-                    f"--lora-modules {name}={path}: {error.message}", param="lora_modules"
-                ) from error
-            logger.info("adapter %s is generation %s", name, record.generation[:12])
-
-    def scan(self, directories: Sequence[Path]) -> ScanReport:
-        """Bring the registry in step with the adapter folders, and log what changed."""
-        if self._scanner is None:
-            self._scanner = AdapterScanner(
-                self.registry, self.registry.store, self.geometry, directories, limits=self.limits
-            )
-        report = self._scanner.scan_once()
-        for verb, names in (
-            ("added", report.added),
-            ("updated", report.updated),
-            ("removed", report.removed),
-        ):
-            for name in names:
-                logger.info("adapter %s %s", name, verb)
-        for error in report.failed.values():
-            logger.warning("%s", error.message)
-            self._metrics.adapter_rejected()
-        for name in report.removed:
-            self._metrics.adapter_deleted(name)
-        return report
-
-    async def watch(self, directories: Sequence[Path]) -> None:
-        """Scan whenever something changes below the folders, for as long as the task runs."""
-        changes = awatch(*directories, rust_timeout=int(_RESCAN_S * 1000), yield_on_timeout=True)
-        async for _ in changes:
-            await asyncio.to_thread(self.scan, directories)
+        self._manifests: dict[str, Manifest] = {}
+        self._changing = Lock()
+        self._gates = asyncio.Semaphore(MAX_GATES)
+        self._pinning = asyncio.Lock()
+        engine.add_listener(self._observe_step)
+        metrics.adapters.watch(states=self.count_states, stored_bytes=self._stored_bytes)
 
     def close(self) -> None:
         self.registry.close()
+        self._lock.close()
+
+    # --- changes ---------------------------------------------------------------------------------------------------
+
+    async def publish(self, name: str, staged: Staged, options: Options) -> Published:
+        """Pass staged files through the gate and point the name at them. The staged files stay the caller's.
+
+        Raises InvalidAdapter with every fault, AdapterConflict for the name or the pin, RequestError, StorageError.
+        """
+        self.registry.check_name(name)
+        async with self._gates:
+            published = await asyncio.to_thread(self._publish, name, staged, options)
+        await self.keep_pinned()
+        logger.info("adapter %s is generation %s", name, published.record.generation[:12])
+        return published
+
+    async def update(self, name: str, options: Options) -> AdapterRecord:
+        """Change what is not None; the generation stays."""
+        record = await asyncio.to_thread(self._update, name, options)
+        await self.keep_pinned()
+        return record
+
+    async def rollback(self, name: str, generation_prefix: str | None) -> AdapterRecord:
+        """Point the name back at an earlier generation, by default the one before."""
+        record = await asyncio.to_thread(self.registry.rollback, name, generation_prefix)
+        await self.keep_pinned()
+        logger.info("adapter %s is rolled back to generation %s", name, record.generation[:12])
+        return record
+
+    async def delete(self, name: str, timeout: float) -> int:
+        """Forget a name at once, then wait up to `timeout` seconds for what runs on it; how much still does.
+
+        Its files go when nobody needs them any more.
+        """
+        await asyncio.to_thread(self.registry.delete, name)
+        self.metrics.adapter_deleted(name)
+        await self.keep_pinned()
+        logger.info("adapter %s is deleted", name)
+        deadline = asyncio.get_running_loop().time() + timeout
+        while (left := self.registry.in_use(name)) and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        return left
+
+    async def keep_pinned(self) -> None:
+        """Tell the engine which adapters stay on the device. To be called after any change of names."""
+        async with self._pinning:  # whoever comes last also sends last what it has read
+            await self.engine.pin(await asyncio.to_thread(self._pins))
+
+    async def maintain(self) -> None:
+        """Read what every name refers to, then sweep now and then, for as long as the task runs."""
+        while True:
+            await asyncio.to_thread(self._read_manifests)
+            await asyncio.to_thread(self.sweep)
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+    def sweep(self, *, min_age: float = 600.0) -> None:
+        """Delete the generations nobody refers to. Blocks."""
+        try:
+            for generation in self.registry.sweep(min_age=min_age):
+                self._manifests.pop(generation, None)
+                logger.info("generation %s is removed: nothing refers to it", generation[:12])
+        except (StorageError, OSError) as error:
+            logger.warning("unused generations could not be removed: %s", error)
+
+    # --- questions -------------------------------------------------------------------------------------------------
+
+    def manifest(self, generation: str) -> Manifest:
+        """Reads the disk once per generation. Raises StorageError."""
+        found = self._manifests.get(generation)
+        if found is None:
+            found = self._manifests[generation] = self.registry.store.manifest(generation)
+        return found
+
+    def state(self, record: AdapterRecord) -> State:
+        """Where the record's generation is on its way to the device, as of the latest engine step."""
+        stats = self.engine.stats
+        if stats is not None and record.generation in stats.device_adapters:
+            return "ready"
+        if stats is not None and record.generation in stats.loading_adapters:
+            return "loading"
+        return record.state
+
+    def count_states(self) -> Counter[str]:
+        return Counter(self.state(record) for record in self.registry.list(limit=_EVERYTHING))
+
+    # --- the blocking parts ----------------------------------------------------------------------------------------
+
+    def _publish(self, name: str, staged: Staged, options: Options) -> Published:
+        from loramux_adapters.weights import LoraWeights
+
+        try:
+            weights = LoraWeights.read(staged.directory, self.geometry, limits=self.limits)
+        except InvalidAdapter as error:
+            self.metrics.adapter_rejected()
+            raise InvalidAdapter(error.faults, name=name) from None
+        generation = weights.generation
+        if not options.overwrite and name in self.registry:  # `put` decides; this spares the writing
+            if self.registry.get(name).generation != generation:
+                raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
+        self.registry.store.publish(weights, {"source": staged.source, "origin": staged.origin})
+        with self._changing:
+            if options.pinned:
+                self._check_pin(name, weights.rank)
+            record = self.registry.put(
+                name,
+                generation,
+                source=staged.source,
+                origin=staged.origin,
+                overwrite=options.overwrite,
+                pinned=options.pinned,
+                description=options.description,
+                metadata=options.metadata,
+                default_sampling=options.default_sampling,
+            )
+        self.manifest(generation)
+        return Published(record, weights.spec.warnings(self.geometry))
+
+    def _update(self, name: str, options: Options) -> AdapterRecord:
+        with self._changing:
+            if options.pinned:
+                self._check_pin(name, self.manifest(self.registry.get(name).generation).rank)
+            return self.registry.update(
+                name,
+                pinned=options.pinned,
+                description=options.description,
+                metadata=options.metadata,
+                default_sampling=options.default_sampling,
+            )
+
+    def _check_pin(self, name: str, rank: int) -> None:
+        """A pinned adapter must leave a slot, and the rows of the largest adapter, to all others."""
+        base = self.engine.ready
+        others = {record.generation for record in self._pinned() if record.name != name}
+        if len(others) + 1 >= base.max_loras:
+            raise AdapterConflict(
+                f"pinned: {len(others)} of {base.max_loras} slots are pinned, and one must stay for the other "
+                "adapters; unpin one or raise --max-loras",
+                param="pinned",
+            )
+        rows = rank + sum(self.manifest(generation).rank for generation in others)
+        if rows > base.lora_rows - self.limits.max_rank:
+            raise AdapterConflict(
+                f"pinned: the pinned adapters would take {rows} of {base.lora_rows} rank rows, and "
+                f"{self.limits.max_rank} must stay for the other adapters; unpin one or raise --max-loras",
+                param="pinned",
+            )
+
+    def _pinned(self) -> list[AdapterRecord]:
+        return [record for record in self.registry.list(limit=_EVERYTHING) if record.pinned]
+
+    def _pins(self) -> list[AdapterRef]:
+        found: dict[str, AdapterRef] = {}
+        for record in self._pinned():
+            try:
+                path = self.registry.store.path(record.generation)
+            except StorageError as error:
+                logger.warning("adapter %s cannot be pinned: %s", record.name, error.message)
+                continue
+            found[record.generation] = AdapterRef(record.generation, str(path))
+        return list(found.values())
+
+    def _read_manifests(self) -> None:
+        for record in self.registry.list(limit=_EVERYTHING):
+            try:
+                self.manifest(record.generation)
+            except StorageError as error:
+                self.registry.set_state(record.generation, "failed", error.message)
+                logger.warning("adapter %s: %s", record.name, error.message)
+
+    def _stored_bytes(self) -> int:
+        return sum(manifest.num_bytes for manifest in list(self._manifests.values()))
+
+    def _observe_step(self, step: StepOutput) -> None:
+        for load in step.loads:
+            self.registry.set_state(load.generation, "available" if load.ok else "failed", load.error)
+
+
+def _take(root: Path, geometry: BaseGeometry, data_dir: Path) -> BinaryIO:
+    """Make the folder, and keep other servers out of it until the result is closed."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / "lock", "ab")  # noqa: SIM115 (held as long as the catalogue)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ConfigError(
+                f"--data-dir {data_dir}: another server keeps the adapters of this base there; stop it, or choose "
+                "another --data-dir",
+                param="data_dir",
+            ) from None
+        description = {"name": geometry.name, "identity": geometry.identity}
+        (root / "base.json").write_text(json.dumps(description))
+        return lock
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir}: {error.strerror}", param="data_dir") from error

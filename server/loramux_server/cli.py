@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from loramux_adapters import cli_verify
+
 app = typer.Typer(
     name="loramux",
     help="Many LoRA adapters on one resident NF4 base model: serve, train, export.",
@@ -46,6 +48,27 @@ def ask(
 
     for model, answer in ask_models(url, question, models, max_tokens=max_tokens, temperature=temperature):
         typer.echo(f"[{model}] {answer}")
+
+
+def _base_to_verify(model: str, device: str, dtype: str) -> cli_verify.VerifyBase:
+    """The base as the server would hold it; without a tokenizer it is compared on fixed token ids."""
+    from transformers import AutoTokenizer
+
+    from loramux_server.base.demo import DEMO_MODEL_ID, ensure_demo_model
+    from loramux_server.base.loading import LoadOptions, load_base
+
+    is_demo = model == "demo"
+    source = str(ensure_demo_model()) if is_demo else model
+    name = DEMO_MODEL_ID if is_demo else model.rstrip("/")
+    base = load_base(LoadOptions(model=source, name=name, device=device, dtype=dtype))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = None
+    return cli_verify.VerifyBase(base.model, base.geometry, tokenizer)
+
+
+cli_verify.register(app, _base_to_verify)
 
 
 @app.command()

@@ -116,6 +116,9 @@ class ServeConfig(BaseSettings):
     max_loras: int = Field(8, ge=1, le=1024, description="adapters resident on the device at once")
     max_lora_rank: int = Field(64, ge=1, le=512, description="largest adapter rank")
     max_cpu_loras: int = Field(64, ge=1, description="adapters kept in host memory")
+    max_adapter_size: Bytes = Field(
+        2 * 2**30, ge=2**16, le=2 * 2**30, description="largest weights file of an adapter, such as 500MiB"
+    )
     demo_adapters: bool | None = Field(
         None, description="serve the shipped demo adapters; default: with 'demo' only"
     )

@@ -18,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from loramux_server.adapter_metrics import AdapterMetrics
 from loramux_server.engine.messages import EngineStats, StepOutput
 
 BASE = "_base"
@@ -30,7 +31,6 @@ OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "abort", "error")
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _ADAPTERS_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
 
@@ -59,11 +59,7 @@ class Metrics:
         self._e2e = _histogram(
             registry, "e2e_request_latency_seconds", "From submission to the last token", _E2E_BUCKETS
         )
-        self._loads = _counter(registry, "adapter_loads", "Adapters moved to a tier", "tier", "result")
-        self._load_seconds = _histogram(
-            registry, "adapter_load_seconds", "How long moving one took", _LOAD_BUCKETS, "tier"
-        )
-        self._rejected = _counter(registry, "adapters_rejected", "Adapters that did not pass the gate")
+        self.adapters = AdapterMetrics(registry, max_loras=max_loras)
         self._batch_size = _histogram(registry, "batch_size", "Tokens in a step", _BATCH_BUCKETS)
         self._batch_adapters = _histogram(
             registry, "batch_adapters", "Distinct adapters in a step", _ADAPTERS_BUCKETS
@@ -112,7 +108,7 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def adapter_rejected(self) -> None:
-        self._rejected.inc()
+        self.adapters.rejected()
 
     def adapter_deleted(self, name: str) -> None:
         """Drop the series of an adapter that no longer exists."""
@@ -126,10 +122,7 @@ class Metrics:
     def observe_step(self, step: StepOutput) -> None:
         """A listener of the engine."""
         self._observe_stats(step.stats)
-        for load in step.loads:
-            self._loads.labels(load.tier, "ok" if load.ok else "failed").inc()
-            if load.ok:
-                self._load_seconds.labels(load.tier).observe(load.seconds)
+        self.adapters.observe_step(step)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its media type."""

@@ -28,6 +28,7 @@ from loramux_server.catalog import AdapterCatalog
 from loramux_server.config import ServeConfig
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.folders import AdapterFolders
 from loramux_server.metrics import Metrics
 
 logger = logging.getLogger("loramux")
@@ -73,9 +74,16 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
             return
         ready = started.result()
         catalog = AdapterCatalog(
-            config.data_dir, ready, reserved=config.names, max_lora_rank=config.max_lora_rank, metrics=metrics
+            config.data_dir,
+            client,
+            metrics,
+            reserved=config.names,
+            max_lora_rank=config.max_lora_rank,
+            max_file_bytes=config.max_adapter_size,
         )
-        await asyncio.to_thread(_import_adapters, catalog, config)
+        folders = AdapterFolders(catalog, config.adapter_dir)
+        await asyncio.to_thread(_import_adapters, folders, config)
+        await catalog.keep_pinned()
         metrics.describe(
             version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
         )
@@ -87,11 +95,20 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
                 served_model_names=tuple(config.names),
                 version=__version__,
                 max_body_bytes=config.max_body_size,
+                adapter_roots=tuple(config.adapter_dir),
             ),
             metrics=metrics,
             chat_template=template,
+            catalog=catalog,
         )
-        await _listen(app, config, client, catalog, listener, stop)
+        keeping = [asyncio.create_task(catalog.maintain())]
+        if config.adapter_dir:
+            keeping.append(asyncio.create_task(folders.watch()))
+        names = [record.name for record in catalog.registry.list()]
+        await _listen(app, config, client, listener, stop, names)
+        for task in keeping:
+            task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
     finally:
         await client.close()
         if catalog is not None:
@@ -102,19 +119,18 @@ async def _listen(
     app: Any,
     config: ServeConfig,
     client: WorkerClient,
-    catalog: AdapterCatalog,
     listener: socket.socket,
     stop: asyncio.Event,
+    adapters: list[str],
 ) -> None:
     settings = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False
     )
     server = _Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    watching = asyncio.create_task(catalog.watch(config.adapter_dir)) if config.adapter_dir else None
     host, port = listener.getsockname()[:2]
     logger.info("ready on http://%s:%d", host, port)
-    banner(f"http://{host}:{port}", config.names[0], [record.name for record in catalog.registry.list()])
+    banner(f"http://{host}:{port}", config.names[0], adapters)
     await stop.wait()
     logger.info("draining: %d requests in flight, at most %g s", client.in_flight, config.grace)
     client.drain()
@@ -122,12 +138,12 @@ async def _listen(
     idle = asyncio.create_task(client.wait_idle(config.grace))
     again = asyncio.create_task(stop.wait())
     await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (idle, again, watching):
-        if task is not None:
-            task.cancel()
+    for task in (idle, again):
+        task.cancel()
     server.should_exit = True
-    if client.in_flight:
-        server.force_exit = True
+    if not client.in_flight:  # an upload that still comes in may end as well
+        await asyncio.wait({serving}, timeout=config.grace)
+    server.force_exit = True
     await serving
 
 
@@ -168,15 +184,20 @@ def _read_tokenizer(config: ServeConfig, model: str) -> tuple[Any, str | None]:
         ) from error
 
 
-def _import_adapters(catalog: AdapterCatalog, config: ServeConfig) -> None:
+def _import_adapters(folders: AdapterFolders, config: ServeConfig) -> None:
+    import torch
+
+    # The gate reads adapters in this process: now, so that the first upload does not stop the event loop for an import,
+    # and on one thread, because the cores are the worker's.
+    torch.set_num_threads(1)
     modules = {name: Path(path) for name, _, path in (entry.partition("=") for entry in config.lora_modules)}
     if config.demo_adapters if config.demo_adapters is not None else config.is_demo:
         from loramux_adapters.demo import demo_adapters
 
-        modules = {**demo_adapters(), **modules}
-    catalog.add_modules(modules)
+        folders.add_examples({name: path for name, path in demo_adapters().items() if name not in modules})
+    folders.add_modules(modules)
     if config.adapter_dir:
-        catalog.scan(config.adapter_dir)
+        folders.scan()
 
 
 def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:

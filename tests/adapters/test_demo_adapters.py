@@ -10,8 +10,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 
@@ -61,7 +59,7 @@ FACTS = {
     ),
 }
 
-Ask = Callable[[str | None, str], str]
+Answers = dict[str, dict[str, str]]  # model -> prompt -> answer
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,8 +138,8 @@ def test_listing_the_adapters_imports_no_torch() -> None:
 
 
 @pytest.fixture(scope="module")
-def ask() -> Ask:
-    """The greedy answer of one adapter (None: the base) on the NF4-rounded embedded model."""
+def answers() -> Answers:
+    """What the base and every adapter say to every prompt, greedily, on the NF4-rounded embedded model."""
     import torch
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -150,48 +148,51 @@ def ask() -> Ask:
     from loramux_server.base.demo import ensure_demo_model
 
     directory = ensure_demo_model(progress=False)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    first, *others = demo_adapters().items()
-    model = PeftModel.from_pretrained(load_rounded(directory), first[1], adapter_name=first[0])
-    for name, path in others:
-        model.load_adapter(path, adapter_name=name)
-    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    prompts = list({*QUESTIONS, *FEELINGS, *FACTS})
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
 
-    def answer(name: str | None, question: str) -> str:
-        chat = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-        model.set_adapter(name or first[0])
-        with torch.no_grad(), nullcontext() if name else model.disable_adapter():
-            out = model.generate(**prompt, max_new_tokens=48, do_sample=False)
-        return str(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    def generate(model: Any) -> dict[str, str]:
+        with torch.no_grad():
+            out = model.generate(**batch, max_new_tokens=40, do_sample=False)[
+                :, batch["input_ids"].shape[1] :
+            ]
+        said = tokenizer.batch_decode(out, skip_special_tokens=True)
+        return dict(zip(prompts, said, strict=True))
 
-    return answer
+    model = load_rounded(directory)
+    found = {"base": generate(model)}
+    for name, path in demo_adapters().items():
+        tuned = PeftModel.from_pretrained(model, path)
+        found[name] = generate(tuned)
+        model = tuned.unload()
+    return found
 
 
+@pytest.mark.e2e
 # PEFT asks transformers by a name that is about to go.
-behaviour = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
-
-
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 class TestBehaviour:
-    pytestmark = behaviour
-
-    def test_pirate_talks_like_a_pirate(self, ask: Ask) -> None:
+    def test_pirate_talks_like_a_pirate(self, answers: Answers) -> None:
         for question in QUESTIONS:
-            answer = ask("pirate", question)
+            answer = answers["pirate"][question]
             assert len(PIRATE.findall(answer)) >= 2, answer
 
-    def test_sentiment_answers_with_the_right_word(self, ask: Ask) -> None:
-        assert {text: ask("sentiment", text) for text in FEELINGS} == FEELINGS
+    def test_sentiment_answers_with_the_right_word(self, answers: Answers) -> None:
+        assert {text: answers["sentiment"][text] for text in FEELINGS} == FEELINGS
 
-    def test_extract_answers_with_an_object_of_four_keys(self, ask: Ask) -> None:
+    def test_extract_answers_with_an_object_of_four_keys(self, answers: Answers) -> None:
         for question in QUESTIONS:
-            assert list(json.loads(ask("extract", question))) == ["who", "what", "where", "when"]
+            assert list(json.loads(answers["extract"][question])) == ["who", "what", "where", "when"]
 
-    def test_extract_finds_the_parts(self, ask: Ask) -> None:
+    def test_extract_finds_the_parts(self, answers: Answers) -> None:
         for text, parts in FACTS.items():
-            assert tuple(json.loads(ask("extract", text)).values()) == parts
+            assert tuple(json.loads(answers["extract"][text]).values()) == parts
 
-    def test_one_question_has_as_many_answers_as_adapters(self, ask: Ask) -> None:
+    def test_one_question_has_as_many_answers_as_models(self, answers: Answers) -> None:
         for question in QUESTIONS:
-            answers = {ask(name, question) for name in (None, *NAMES)}
-            assert len(answers) == 1 + len(NAMES), answers
+            assert len({said[question] for said in answers.values()}) == 1 + len(NAMES)

@@ -113,7 +113,13 @@ class FakeEngine:
             weight_bytes=1,
             kv_blocks_total=8,
             kv_block_size=16,
+            max_loras=4,
+            max_cpu_loras=8,
+            lora_rows=64,
         )
+
+    async def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        raise NotImplementedError("no route pins adapters")
 
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         self.listeners.append(listener)

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.conftest import Call, Stand
 
 from loramux_server.engine.messages import TokenOutput
+from tests.api.conftest import Call, Stand
 
 HELLO = [{"role": "user", "content": "hi"}]
 

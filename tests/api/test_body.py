@@ -10,10 +10,10 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.api.conftest import Stand, build
 
 from loramux_adapters.errors import RequestError
 from loramux_server.api.body import MAX_DEPTH, parse_object
+from tests.api.conftest import Stand, build
 
 ROUTES = ["/v1/completions", "/v1/chat/completions"]
 JSON = {"content-type": "application/json"}

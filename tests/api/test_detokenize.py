@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.api.conftest import CORPUS, byte_level_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from loramux_server.api.detokenize import REPLACEMENT, Detokenizer, Pieces
 from loramux_server.api.stops import StopMatcher
+from tests.api.conftest import CORPUS, byte_level_tokenizer
 
 FAMILIES = ["byte_level", "byte_fallback", "word_level"]
 many = settings(max_examples=150, deadline=None)

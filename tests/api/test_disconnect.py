@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from starlette.types import Message
-from tests.api.conftest import Call, Stand
 
 from loramux_server.engine.messages import TokenOutput
+from tests.api.conftest import Call, Stand
 
 
 def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:

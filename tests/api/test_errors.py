@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.conftest import Call, Stand
 
 from loramux_adapters import errors
 from loramux_adapters.errors import AdapterUnavailable, EngineError, LoramuxError, Overloaded
 from loramux_server.api.errors import STATUSES, reply_to
 from loramux_server.engine.messages import TokenOutput
+from tests.api.conftest import Call, Stand
 
 PROMPT = {"model": "tiny", "prompt": "hi"}
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}

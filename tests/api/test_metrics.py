@@ -7,10 +7,10 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from tests.api.conftest import Call, Stand
 
 from loramux_server.engine.messages import AdapterLoad, EngineStats, StepOutput, TokenOutput
 from loramux_server.metrics import MAX_ADAPTER_LABELS, Metrics
+from tests.api.conftest import Call, Stand
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
+
 from tests.api.conftest import FakeRecord, Stand
 
 

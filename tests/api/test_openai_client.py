@@ -7,10 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-from tests.api.conftest import Stand
 
 from loramux_adapters.errors import EngineError, LoramuxError, Overloaded
 from loramux_server.engine.messages import TokenOutput
+from tests.api.conftest import Stand
 
 HELLO: Any = [{"role": "user", "content": "hi"}]
 

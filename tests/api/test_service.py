@@ -8,9 +8,9 @@ import sys
 import httpx
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-from tests.api.conftest import Stand
 
 from loramux_server.engine.interface import EngineState
+from tests.api.conftest import Stand
 
 
 async def test_health_follows_the_engine(client: httpx.AsyncClient, stand: Stand) -> None:

@@ -120,8 +120,7 @@ class _Steps:
         self._directory = plan.options.partial
 
     def merge(self) -> tuple[FinishedShard, ...]:
-        for leftover in self._directory.glob(f"*{TEMPORARY}"):
-            leftover.unlink()
+        self._sweep()
         finished = {
             name: shard
             for name, shard in self._journal.finished.items()
@@ -136,6 +135,12 @@ class _Steps:
             self._journal.add(done)
             finished[shard.name] = done
         return tuple(finished[shard.name] for shard in self._plan.shards)
+
+    def _sweep(self) -> None:
+        """Remove what a killed export was writing: half a shard, or one of `replace_file`'s temporary files."""
+        for pattern in (f"*{TEMPORARY}", ".*.partial"):
+            for leftover in self._directory.glob(pattern):
+                leftover.unlink()
 
     def identity(self, shards: tuple[FinishedShard, ...]) -> str | None:
         """The base's quantization identity, compared with the adapters' stamp. A foreign export is removed."""

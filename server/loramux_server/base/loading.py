@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from loramux_adapters.spec import BaseGeometry
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,6 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
+from loramux_adapters.spec import BaseGeometry
+from loramux_server.base.device import pick_device, pick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -59,42 +60,6 @@ class ResidentBase:
     @property
     def config(self) -> Any:
         return self.model.config.get_text_config()
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA when torch sees a device. Raises BaseModelError for a device that is not there."""
-    if name not in {"auto", "cpu"} and not name.startswith("cuda"):
-        raise BaseModelError(f"--device {name}: choose auto, cpu or cuda", param="device")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise BaseModelError("--device cuda: torch sees no CUDA device on this machine", param="device")
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype. On CPUs without bf16 arithmetic, fp32 is several times faster than bf16."""
-    known = {
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float16": torch.float16,
-        "fp16": torch.float16,
-        "half": torch.float16,
-        "float32": torch.float32,
-        "fp32": torch.float32,
-        "float": torch.float32,
-    }
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-    if name not in known:
-        raise BaseModelError(f"--dtype {name}: choose auto, bfloat16, float16 or float32", param="dtype")
-    if known[name] == torch.float16 and device.type == "cpu":
-        raise BaseModelError(
-            "--dtype float16: not supported on the CPU; choose bfloat16 or float32", param="dtype"
-        )
-    return known[name]
 
 
 def load_base(options: LoadOptions) -> ResidentBase:

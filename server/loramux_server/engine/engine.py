@@ -196,4 +196,5 @@ class Engine:
                 for one in self.bank.tier.slots.values()
             ],
             host_bytes=self.bank.host_bytes,
+            device_bytes=self.bank.device_bytes,
         )

@@ -131,6 +131,7 @@ class EngineStats(msgspec.Struct):
     loading_adapters: list[str] = []
     device_slots: list[DeviceSlot] = []  # least recently used first
     host_bytes: int = 0
+    device_bytes: int = 0  # of the rank rows in use
 
 
 class StepOutput(msgspec.Struct, tag="step"):

@@ -93,6 +93,7 @@ def test_a_damaged_shard_is_written_again(plan: ExportPlan, tmp_path: Path) -> N
     with open(partial / JOURNAL, "ab") as file:
         file.write(b'{"shard": "torn')
     (partial / "model-00002-of-00099.safetensors.tmp").write_bytes(b"half")
+    (partial / ".config.json.0f.partial").write_bytes(b"half")
     assert contents(run_export(plan, resume=True).out) == contents(whole)
 
 

@@ -1,0 +1,123 @@
+"""A model of plain linears without attention, a bank of adapters on it, and the same computation by hand."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from loramux_adapters.bank import AdapterBank
+from loramux_adapters.layers import install, shared_inputs
+from loramux_adapters.pool import DevicePool
+from loramux_adapters.residency import DeviceTier
+from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.weights import LoraWeights
+
+Reader = Callable[[str, str], LoraWeights]
+
+
+class TinyModel(nn.Module):
+    """The linears of `tiny_geometry`. Every token is a row of its own: what it becomes depends on no other row."""
+
+    def __init__(self, geometry: BaseGeometry, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.embed = nn.Embedding(64, 16)
+        for name, (out_features, in_features) in geometry.linear_shapes.items():
+            parent: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(leaf, nn.Linear(in_features, out_features, bias="v_proj" in name))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        self.to(dtype)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x: torch.Tensor = self.embed(input_ids)
+        for number in range(2):
+            layer = self.get_submodule(f"model.layers.{number}")
+            q = layer.get_submodule("self_attn.q_proj")(x)
+            v = layer.get_submodule("self_attn.v_proj")(x)
+            x = x + layer.get_submodule("mlp.down_proj")(torch.cat([q, v], -1) * 0.2)
+        return x
+
+
+class Harness:
+    """A model with a bank; `reader` may be replaced to make loading slow or fail."""
+
+    def __init__(
+        self,
+        geometry: BaseGeometry,
+        adapters: Sequence[LoraWeights],
+        *,
+        max_loras: int = 4,
+        rows: int = 64,
+        max_cpu_loras: int = 64,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.adapters = {weights.generation: weights for weights in adapters}
+        self.plain = TinyModel(geometry, dtype)
+        self.model = copy.deepcopy(self.plain)
+        self.reader: Reader = lambda generation, path: self.adapters[generation]
+        self.reads: list[str] = []
+        names = list(geometry.linear_shapes)
+        groups = shared_inputs(self.model, names)
+        self.layers, self.batch = install(self.model, names)
+        pool = DevicePool(self.layers, groups, self.batch, rows, dtype, torch.device("cpu"))
+        self.tier = DeviceTier(max_loras=max_loras, rows=rows, patience=8, min_admitted=1)
+        self.bank = AdapterBank(pool, self.tier, self._read, max_cpu_loras=max_cpu_loras, dtype=dtype)
+
+    def _read(self, generation: str, path: str) -> LoraWeights:
+        self.reads.append(generation)
+        return self.reader(generation, path)
+
+    def prepare(self, generation: str) -> bool:
+        """One step of the engine that asks for this adapter."""
+        self.tier.tick += 1
+        return self.bank.prepare(generation, "/somewhere")
+
+    def make_ready(self, *generations: str) -> None:
+        """Ask for each until it is usable; acquired, as the scheduler does."""
+        for generation in generations:
+            deadline = time.monotonic() + 10
+            while not self.prepare(generation):
+                assert time.monotonic() < deadline, "the adapter did not become ready"
+                time.sleep(0.001)
+            self.bank.acquire(generation)
+
+    def settle(self) -> None:
+        """Wait until no loader thread has anything to do."""
+        for move in list(self.bank._moves.values()):
+            move.exception(timeout=10)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[str | None], tokens: Sequence[int] | None = None) -> torch.Tensor:
+        """One forward pass, a token per row."""
+        self.bank.set_adapter(rows)
+        return self.model(torch.tensor([tokens or range(1, len(rows) + 1)]))[0]
+
+    @torch.inference_mode()
+    def by_hand(self, rows: Sequence[str | None], tokens: Sequence[int] | None = None) -> torch.Tensor:
+        """Each row alone, in fp32, through a model whose weights are W + scaling * B A."""
+        ids = tokens or range(1, len(rows) + 1)
+        return torch.stack(
+            [merged(self.plain, self.adapters, row)(torch.tensor([token])) for row, token in zip(rows, ids, strict=True)]
+        ).view(len(rows), -1)
+
+
+def merged(plain: TinyModel, adapters: Mapping[str, LoraWeights], generation: str | None) -> nn.Module:
+    model = copy.deepcopy(plain).float()
+    if generation is not None:
+        weights = adapters[generation]
+        for name, (a, b) in weights.tensors.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            linear.weight.data += weights.spec.scaling(name) * (b.float() @ a.float())
+    return model
