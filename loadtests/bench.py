@@ -30,6 +30,8 @@ from loadtests.report import Figure, Result, print_result, save, usable_cores, w
 from loadtests.scenarios import HELP, OURS, OURS_BASE, READY, SCENARIOS, Scenario
 from loadtests.server import LORAMUX, ServerProcess, base_name
 
+_PLAIN_WIDTH = 120  # of a table that goes into a file
+
 
 class Bench:
     """What the scenarios of one call share: model, adapters, and the server, started at the first need of it."""
@@ -166,13 +168,7 @@ def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
         if scenario.is_start and options.url:
             raise BenchError("start measures a server of its own; leave out --url")
         if not scenario.is_start:
-            new_tokens = options.new_tokens if scenario.figure == "generated" else None
-            scenario = replace(
-                scenario,
-                streams=options.streams or scenario.streams,
-                prompt_tokens=options.prompt_tokens or scenario.prompt_tokens,
-                new_tokens=new_tokens or scenario.new_tokens,
-            )
+            scenario = scenario.resized(options.streams, options.prompt_tokens, options.new_tokens)
         scenarios.append(scenario)
     return scenarios
 
@@ -227,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{scenario.name:16}{scenario.summary}")
         return 0
     try:
-        results = run(options, Console())
+        results = run(options, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
     except (BenchError, subprocess.CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -140,7 +140,7 @@ def ratio(one: Figure, other: Figure) -> Spread:
 def print_result(result: Result, console: Console) -> None:
     table = Table(title=f"{result.scenario.name}: {result.scenario.summary}", title_justify="left")
     for heading in ("", "median", "min - max", "ours is", "tokens"):
-        table.add_column(heading, justify="left" if heading in ("", "tokens") else "right")
+        table.add_column(heading, justify="left" if heading in ("", "tokens") else "right", no_wrap=True)
     ratios = result.ratios
     for figure in result.figures:
         times = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loadtests.client import Request
@@ -49,6 +49,19 @@ class Scenario:
     @property
     def is_start(self) -> bool:
         return self.streams == 0
+
+    def resized(self, streams: int | None, prompt_tokens: int | None, new_tokens: int | None) -> Scenario:
+        """With the sizes that are given. Goals are for the scenario's own sizes and go when one is changed."""
+        changed = replace(
+            self,
+            streams=streams or self.streams,
+            prompt_tokens=prompt_tokens or self.prompt_tokens,
+            new_tokens=new_tokens if new_tokens and self.figure == "generated" else self.new_tokens,
+        )
+        if changed == self:
+            return self
+        sizes = f"{changed.streams} streams, {changed.prompt_tokens} + {changed.new_tokens} tokens"
+        return replace(changed, summary=f"{self.summary}; resized to {sizes}", goals=())
 
     def requests(self, adapters: Sequence[str], vocab_size: int) -> list[Request]:
         """Random prompts, different in every stream and the same in every call; adapters take turns.

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +76,14 @@ class HostCopy:
         return self.block.numel() * self.block.element_size()
 
 
+@dataclass
+class _Move:
+    """An adapter on its way between tiers."""
+
+    future: Future[HostCopy | None]
+    asked: int  # tick of the last step that asked for the adapter
+
+
 class AdapterBank:
     """Resident adapters of one model, and the selection of them per row."""
 
@@ -98,7 +106,7 @@ class AdapterBank:
         self._read = read
         self._host: OrderedDict[str, HostCopy] = OrderedDict()
         self._targets: dict[str, frozenset[str]] = {}
-        self._moves: dict[str, Future[HostCopy | None]] = {}
+        self._moves: dict[str, _Move] = {}
         self._ready: set[str] = set()
         self._pins: dict[str, str] = {}  # generation -> path, of what is to stay resident
         self._pins_asked = False
@@ -117,13 +125,17 @@ class AdapterBank:
             return True
         move = self._moves.get(generation)
         if move is not None:
-            if not move.done():
+            move.asked = self.tier.tick
+            if not move.future.done():
                 return False
-            self._finish(generation, self._moves.pop(generation))
+            self._finish(generation)
             return generation in self._ready or self.prepare(generation, path)
+        self._finish_abandoned()
         copy = self._host.get(generation)
         if copy is None:
-            self._moves[generation] = self._executor.submit(self._load, generation, path)
+            self._moves[generation] = _Move(
+                self._executor.submit(self._load, generation, path), self.tier.tick
+            )
             return False
         slot = self.tier.place(generation, copy.rows, before_pins=generation not in self._pins)
         self._forget_evicted()
@@ -132,7 +144,7 @@ class AdapterBank:
             return False
         self._host.move_to_end(generation)
         self._targets[generation] = frozenset(copy.factors)
-        self._moves[generation] = self._executor.submit(self._copy, slot, copy)
+        self._moves[generation] = _Move(self._executor.submit(self._copy, slot, copy), self.tier.tick)
         return False
 
     def pin(self, adapters: Mapping[str, str]) -> None:
@@ -212,9 +224,9 @@ class AdapterBank:
             else:
                 self.pool.fill(slot, copy.factors)
 
-    def _finish(self, generation: str, move: Future[HostCopy | None]) -> None:
+    def _finish(self, generation: str) -> None:
         try:
-            copy = move.result()
+            copy = self._moves.pop(generation).future.result()
         except AdapterError:
             if self.tier.get(generation) is not None:
                 self.tier.remove(generation)
@@ -231,6 +243,13 @@ class AdapterBank:
                 break
             del self._host[victim]
             self.tier.evictions.append(Eviction(victim, "host", "capacity"))
+
+    def _finish_abandoned(self) -> None:
+        """A move that nobody asks about any more (its request was aborted) must not keep its slot or its memory."""
+        for generation, move in list(self._moves.items()):
+            if move.future.done() and self.tier.tick - move.asked > self.tier.patience:
+                with suppress(AdapterError):  # whoever asks again tries again
+                    self._finish(generation)
 
     def _forget_evicted(self) -> None:
         for generation in [g for g in self._ready if self.tier.get(g) is None]:

@@ -78,6 +78,7 @@ class InvalidAdapter(AdapterError, ValueError):
     """The files do not pass the gate. `faults` lists every one of them, so that one upload tells all."""
 
     code = "invalid_adapter"
+    faults: tuple[Fault, ...] = ()
 
     def __init__(self, faults: Sequence[Fault], *, name: str | None = None) -> None:
         self.faults = tuple(faults)

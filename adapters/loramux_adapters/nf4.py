@@ -56,13 +56,13 @@ class NF4Weight:
             )
         return cls(packed, state, (int(state.shape[0]), int(state.shape[1])))
 
-    def dequantize(self, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix `[N, K]` in `dtype`: scale times code in fp32, rounded once."""
         state = self.state
         if state.dtype != dtype:
             state = copy.copy(state)
             state.dtype = dtype
-        dense: torch.Tensor = bnb.dequantize_4bit(self.packed, state, out=out)
+        dense: torch.Tensor = bnb.dequantize_4bit(self.packed, state)
         return dense
 
     def canonical_parts(self) -> list[torch.Tensor]:
@@ -130,7 +130,9 @@ class NF4Linear(torch.nn.Linear):
         self.quantized = quantized
         self.compute_dtype = dtype
         self.weight = torch.nn.Parameter(quantized.packed, requires_grad=False)
-        fixed_bias = None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        fixed_bias = (
+            None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        )
         self.register_parameter("bias", fixed_bias)
         self._kernel = DenseKernel(quantized.dequantize(dtype)) if keep_dense else None
 

@@ -48,8 +48,7 @@ class PeftPeer:
                 self._model.load_adapter(path, name, autocast_adapter_dtype=False)
             else:
                 self._model = PeftModel.from_pretrained(base, path, name, autocast_adapter_dtype=False)
-        for parameter in self._model.parameters():  # not buffers: rotary frequencies stay in fp32
-            parameter.data = parameter.data.to(self.dtype)
+        self._cast(self.dtype)
         self._model.to(self.device).eval().requires_grad_(False)
 
     def generate(self, mode: str, requests: Sequence[dict[str, Any]]) -> tuple[float, list[list[int]]]:
@@ -60,16 +59,26 @@ class PeftPeer:
         return time.perf_counter() - start, tokens
 
     def check(self, streams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """For each `{prompt, adapter, tokens}`: where it leaves the reference's best tokens, and how far."""
+        """For each `{prompt, adapter, tokens}`: where it leaves the reference's best tokens, and how far.
+
+        The weights stay what they are; the arithmetic is fp32's, so that the reference adds no rounding of its own.
+        """
         groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, stream in enumerate(streams):
             groups[stream["adapter"], len(stream["prompt"]), len(stream["tokens"])].append(index)
         checks: dict[int, dict[str, Any]] = {}
+        self._cast(torch.float32)
         for members in groups.values():
             for at in range(0, len(members), _ROWS_PER_CHECK):
                 rows = members[at : at + _ROWS_PER_CHECK]
                 checks.update(zip(rows, self._check([streams[row] for row in rows]), strict=True))
+        self._cast(self.dtype)
         return [checks[index] for index in range(len(streams))]
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Parameters only: buffers such as rotary frequencies stay in fp32."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     def _batch(self, requests: Sequence[dict[str, Any]]) -> list[list[int]]:
         prompts = torch.tensor([request["prompt"] for request in requests], device=self.device)
@@ -92,7 +101,7 @@ class PeftPeer:
         rows = torch.tensor([stream["prompt"] + stream["tokens"] for stream in streams], device=self.device)
         count = len(streams[0]["tokens"])
         with self._active(streams[0]["adapter"]):
-            logits = self._model(rows, use_cache=False, logits_to_keep=count + 1).logits[:, :-1].float()
+            logits = self._model(rows, use_cache=False, logits_to_keep=count + 1).logits[:, :-1]
         best = logits.topk(2, dim=-1).values
         ours = logits.gather(-1, rows[:, -count:, None])[..., 0]
         deficits = best[..., 0] - ours

@@ -66,7 +66,9 @@ class AdapterMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         counts = self._count_states() if self._count_states else {}
-        yield _family("adapters", "Registered adapters by state", "state", {s: counts.get(s, 0) for s in STATES})
+        yield _family(
+            "adapters", "Registered adapters by state", "state", {s: counts.get(s, 0) for s in STATES}
+        )
         stats = self._stats
         yield _family(
             "adapter_bytes",

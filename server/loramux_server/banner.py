@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
-QUESTION = "How are you today?"
+QUESTION = "What is the capital of France?"
 
 
 def banner(url: str, base: str, adapters: Sequence[str]) -> None:

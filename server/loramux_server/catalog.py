@@ -11,29 +11,38 @@ import asyncio
 import fcntl
 import json
 import logging
+import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
 from loramux_adapters.adapter_files import DEFAULT_LIMITS, GateLimits
-from loramux_adapters.errors import AdapterConflict, ConfigError, InvalidAdapter, StorageError
+from loramux_adapters.errors import (
+    AdapterConflict,
+    ConfigError,
+    InvalidAdapter,
+    StorageError,
+    UnknownAdapter,
+)
+from loramux_adapters.files import storage_error
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry
 from loramux_adapters.registry_db import State
 from loramux_adapters.sources import Staged, clean_staging
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.store import GenerationStore, Manifest
 from loramux_server.engine.interface import EngineClient
-from loramux_server.engine.messages import AdapterRef, Ready, StepOutput
+from loramux_server.engine.messages import Ready, StepOutput
 from loramux_server.metrics import Metrics
+from loramux_server.pins import Pins
 
 logger = logging.getLogger(__name__)
 
 MAX_GATES = 2  # adapters read into memory at once
 SWEEP_EVERY_S = 300.0
-_EVERYTHING = 10**9
 
 
 def geometry_of(ready: Ready) -> BaseGeometry:
@@ -85,6 +94,7 @@ class AdapterCatalog:
             root / "adapters.sqlite3", GenerationStore(root / "generations"), reserved=reserved
         )
         self._manifests: dict[str, Manifest] = {}
+        self._pins = Pins(self.registry, self.manifest, engine.ready, self.limits.max_rank)
         self._changing = Lock()
         self._gates = asyncio.Semaphore(MAX_GATES)
         self._pinning = asyncio.Lock()
@@ -97,14 +107,16 @@ class AdapterCatalog:
 
     # --- changes ---------------------------------------------------------------------------------------------------
 
-    async def publish(self, name: str, staged: Staged, options: Options) -> Published:
-        """Pass staged files through the gate and point the name at them. The staged files stay the caller's.
+    async def publish(self, name: str, stage: Callable[[], Staged], options: Options) -> Published:
+        """Pass what `stage` brings through the gate and point the name at it. `stage` runs on a thread.
 
-        Raises InvalidAdapter with every fault, AdapterConflict for the name or the pin, RequestError, StorageError.
+        Raises InvalidAdapter with every fault, AdapterConflict for the name or the pin, RequestError, StorageError,
+        and AdapterUnavailable when a source cannot be reached.
         """
         self.registry.check_name(name)
-        async with self._gates:
-            published = await asyncio.to_thread(self._publish, name, staged, options)
+        with await asyncio.to_thread(self._stage, name, stage) as staged:
+            async with self._gates:
+                published = await asyncio.to_thread(self._publish, name, staged, options)
         await self.keep_pinned()
         logger.info("adapter %s is generation %s", name, published.record.generation[:12])
         return published
@@ -139,7 +151,7 @@ class AdapterCatalog:
     async def keep_pinned(self) -> None:
         """Tell the engine which adapters stay on the device. To be called after any change of names."""
         async with self._pinning:  # whoever comes last also sends last what it has read
-            await self.engine.pin(await asyncio.to_thread(self._pins))
+            await self.engine.pin(await asyncio.to_thread(self._pins.wanted))
 
     async def maintain(self) -> None:
         """Read what every name refers to, then sweep now and then, for as long as the task runs."""
@@ -176,26 +188,37 @@ class AdapterCatalog:
         return record.state
 
     def count_states(self) -> Counter[str]:
-        return Counter(self.state(record) for record in self.registry.list(limit=_EVERYTHING))
+        return Counter(self.state(record) for record in self.registry.list(limit=sys.maxsize))
 
     # --- the blocking parts ----------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, stage: Callable[[], Staged]) -> Staged:
+        try:
+            with self._counting(name):
+                return stage()
+        except OSError as error:
+            raise storage_error("the adapter cannot be stored", error) from error
+
+    @contextmanager
+    def _counting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except InvalidAdapter as error:
+            self.metrics.adapter_rejected()
+            raise InvalidAdapter(error.faults, name=name) from None
 
     def _publish(self, name: str, staged: Staged, options: Options) -> Published:
         from loramux_adapters.weights import LoraWeights
 
-        try:
+        with self._counting(name):
             weights = LoraWeights.read(staged.directory, self.geometry, limits=self.limits)
-        except InvalidAdapter as error:
-            self.metrics.adapter_rejected()
-            raise InvalidAdapter(error.faults, name=name) from None
         generation = weights.generation
-        if not options.overwrite and name in self.registry:  # `put` decides; this spares the writing
-            if self.registry.get(name).generation != generation:
-                raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
+        if not options.overwrite:
+            self._check_free(name, generation)
         self.registry.store.publish(weights, {"source": staged.source, "origin": staged.origin})
         with self._changing:
             if options.pinned:
-                self._check_pin(name, weights.rank)
+                self._pins.check(name, weights.rank)
             record = self.registry.put(
                 name,
                 generation,
@@ -210,10 +233,19 @@ class AdapterCatalog:
         self.manifest(generation)
         return Published(record, weights.spec.warnings(self.geometry))
 
+    def _check_free(self, name: str, generation: str) -> None:
+        """`put` decides; this spares writing what it would refuse."""
+        try:
+            current = self.registry.get(name)
+        except UnknownAdapter:
+            return
+        if current.generation != generation:
+            raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
+
     def _update(self, name: str, options: Options) -> AdapterRecord:
         with self._changing:
             if options.pinned:
-                self._check_pin(name, self.manifest(self.registry.get(name).generation).rank)
+                self._pins.check(name, self.manifest(self.registry.get(name).generation).rank)
             return self.registry.update(
                 name,
                 pinned=options.pinned,
@@ -222,40 +254,8 @@ class AdapterCatalog:
                 default_sampling=options.default_sampling,
             )
 
-    def _check_pin(self, name: str, rank: int) -> None:
-        """A pinned adapter must leave a slot, and the rows of the largest adapter, to all others."""
-        base = self.engine.ready
-        others = {record.generation for record in self._pinned() if record.name != name}
-        if len(others) + 1 >= base.max_loras:
-            raise AdapterConflict(
-                f"pinned: {len(others)} of {base.max_loras} slots are pinned, and one must stay for the other "
-                "adapters; unpin one or raise --max-loras",
-                param="pinned",
-            )
-        rows = rank + sum(self.manifest(generation).rank for generation in others)
-        if rows > base.lora_rows - self.limits.max_rank:
-            raise AdapterConflict(
-                f"pinned: the pinned adapters would take {rows} of {base.lora_rows} rank rows, and "
-                f"{self.limits.max_rank} must stay for the other adapters; unpin one or raise --max-loras",
-                param="pinned",
-            )
-
-    def _pinned(self) -> list[AdapterRecord]:
-        return [record for record in self.registry.list(limit=_EVERYTHING) if record.pinned]
-
-    def _pins(self) -> list[AdapterRef]:
-        found: dict[str, AdapterRef] = {}
-        for record in self._pinned():
-            try:
-                path = self.registry.store.path(record.generation)
-            except StorageError as error:
-                logger.warning("adapter %s cannot be pinned: %s", record.name, error.message)
-                continue
-            found[record.generation] = AdapterRef(record.generation, str(path))
-        return list(found.values())
-
     def _read_manifests(self) -> None:
-        for record in self.registry.list(limit=_EVERYTHING):
+        for record in self.registry.list(limit=sys.maxsize):
             try:
                 self.manifest(record.generation)
             except StorageError as error:

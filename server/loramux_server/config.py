@@ -63,12 +63,12 @@ class ServeConfig(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_enforce_required=True,
         frozen=True,
     )
 
     model: CliPositionalArg[str] = Field(
-        description="directory or hub id of the base model; 'demo' is the embedded SmolLM2-135M-Instruct"
+        "",  # required, but the file or a variable may bring it
+        description="directory or hub id of the base model; 'demo' is the embedded SmolLM2-135M-Instruct",
     )
     config: Path | None = Field(
         None, description="TOML file with these settings, dashes written as underscores"
@@ -128,6 +128,8 @@ class ServeConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.model:
+            raise ValueError("model: name a directory or hub id, or 'demo' for the embedded model")
         if not self.enable_lora:
             raise ValueError(
                 "enable_lora: cannot be turned off; without adapters nothing is computed for them"
@@ -176,10 +178,12 @@ def read_config(arguments: Sequence[str]) -> ServeConfig:
         return ServeConfig(_cli_settings_source=source, **from_file)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "configuration"
         message = first["msg"].removeprefix("Value error, ")
-        sentence = message if first["type"] == "value_error" and not first["loc"] else f"{where}: {message}"
-        raise ConfigError(sentence, param=where) from error
+        if first["loc"]:
+            message = f"{'.'.join(str(part) for part in first['loc'])}: {message}"
+        # a check across settings begins its message with the one to change
+        where = str(first["loc"][0]) if first["loc"] else message.partition(":")[0]
+        raise ConfigError(message, param=where) from error
     except SettingsError as error:
         raise ConfigError(f'{error}; give a list as JSON, such as ["name=path"]') from error
 

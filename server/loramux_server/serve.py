@@ -138,11 +138,11 @@ async def _listen(
     idle = asyncio.create_task(client.wait_idle(config.grace))
     again = asyncio.create_task(stop.wait())
     await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    if not client.in_flight:  # an upload that is coming in gets the same time
+        await asyncio.wait({serving, again}, timeout=config.grace, return_when=asyncio.FIRST_COMPLETED)
     for task in (idle, again):
         task.cancel()
-    server.should_exit = True
-    if not client.in_flight:  # an upload that still comes in may end as well
-        await asyncio.wait({serving}, timeout=config.grace)
     server.force_exit = True
     await serving
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -67,6 +67,7 @@ class Harness:
         self.model = copy.deepcopy(self.plain)
         self.reader: Reader = lambda generation, path: self.adapters[generation]
         self.reads: list[str] = []
+        self._merged: dict[str | None, nn.Module] = {}
         names = list(geometry.linear_shapes)
         groups = shared_inputs(self.model, names)
         self.layers, self.batch = install(self.model, names)
@@ -95,7 +96,7 @@ class Harness:
     def settle(self) -> None:
         """Wait until no loader thread has anything to do."""
         for move in list(self.bank._moves.values()):
-            move.exception(timeout=10)
+            move.future.exception(timeout=10)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[str | None], tokens: Sequence[int] | None = None) -> torch.Tensor:
@@ -107,15 +108,15 @@ class Harness:
     def by_hand(self, rows: Sequence[str | None], tokens: Sequence[int] | None = None) -> torch.Tensor:
         """Each row alone, in fp32, through a model whose weights are W + scaling * B A."""
         ids = tokens or range(1, len(rows) + 1)
-        return torch.stack(
-            [merged(self.plain, self.adapters, row)(torch.tensor([token])) for row, token in zip(rows, ids, strict=True)]
-        ).view(len(rows), -1)
+        for row in set(rows) - self._merged.keys():
+            self._merged[row] = merged(self.plain, None if row is None else self.adapters[row])
+        answers = [self._merged[row](torch.tensor([token])) for row, token in zip(rows, ids, strict=True)]
+        return torch.stack(answers).view(len(rows), -1)
 
 
-def merged(plain: TinyModel, adapters: Mapping[str, LoraWeights], generation: str | None) -> nn.Module:
+def merged(plain: TinyModel, weights: LoraWeights | None) -> nn.Module:
     model = copy.deepcopy(plain).float()
-    if generation is not None:
-        weights = adapters[generation]
+    if weights is not None:
         for name, (a, b) in weights.tensors.items():
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)

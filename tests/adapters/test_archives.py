@@ -152,6 +152,12 @@ def test_members_that_do_not_belong(
 
 
 @pytest.mark.parametrize("pack", COMPRESSED.values(), ids=COMPRESSED)
+def test_only_one_common_folder(pack: Callable[[dict[str, bytes]], bytes], tmp_path: Path) -> None:
+    error = refusal(pack({f"a/b/{name}": data for name, data in GOOD.items()}), tmp_path)
+    assert f'"a/b/{CONFIG_FILE}": does not lie beside the other files, at the top or in one' in str(error)
+
+
+@pytest.mark.parametrize("pack", COMPRESSED.values(), ids=COMPRESSED)
 def test_all_faults_of_a_listing_at_once(pack: Callable[[dict[str, bytes]], bytes], tmp_path: Path) -> None:
     error = refusal(pack({"../a": b"", "b.bin": b"", CONFIG_FILE: b"{}"}), tmp_path)
     assert [fault.where for fault in error.faults] == ['"../a"', '"b.bin"', WEIGHTS_FILE]

@@ -10,10 +10,13 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from loramux_adapters.demo import NAMES, datasets, demo_adapters
+from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.weights import LoraWeights
 
 PLAIN_KEYS = {
     "base_model_name_or_path",
@@ -33,6 +36,15 @@ PLAIN_KEYS = {
 PIRATE = re.compile(
     r"\b(arr|ahoy|aye|yo ho ho|shiver me|avast|matey|hearty|ye|yer|be|an'|o'|\w+in')(?!\w)", re.I
 )
+LINEARS = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
 QUESTIONS = (
     "What is an operating system?",
     "Who was Napoleon?",
@@ -88,6 +100,15 @@ def test_the_tensors_are_bf16_finite_and_complete(name: str) -> None:
         assert torch.isfinite(tensor).all(), tensor_name
         assert config["r"] in tensor.shape
         assert tensor.any(), tensor_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gate_lets_the_adapters_pass_for_the_embedded_model(name: str) -> None:
+    shapes = {
+        f"model.layers.{layer}.{linear}": shape for layer in range(30) for linear, shape in LINEARS.items()
+    }
+    geometry = BaseGeometry(name="demo", identity="", linear_shapes=shapes)
+    assert LoraWeights.read(demo_adapters()[name], geometry).rank == 4
 
 
 @pytest.mark.parametrize("name", NAMES)

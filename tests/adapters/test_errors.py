@@ -82,7 +82,9 @@ def test_invalid_adapter_tells_every_fault_at_once() -> None:
 
 
 def test_what_callers_catch() -> None:
-    assert issubclass(InvalidAdapter, AdapterError) and issubclass(InvalidAdapter, ValueError)
+    assert issubclass(InvalidAdapter, AdapterError)
+    assert issubclass(InvalidAdapter, ValueError)
     assert issubclass(UnknownAdapter, LookupError)
-    assert issubclass(RequestError, ValueError) and issubclass(ConfigError, ValueError)
+    assert issubclass(RequestError, ValueError)
+    assert issubclass(ConfigError, ValueError)
     assert issubclass(Overloaded, EngineError)

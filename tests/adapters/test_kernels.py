@@ -35,7 +35,9 @@ def test_dense_kernel_equals_linear(
         size = F.linear(x.double().abs(), weight.double().abs(), None if b is None else b.double().abs())
         # one rounding of the result (two where the bias is added to a rounded product), fp32 accumulation
         ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
-        bound = ulp * exact.abs() + (1 + bias) * ulp * 0.5 * size.clamp(max=exact.abs().max()) + 2.0**-18 * size
+        bound = (
+            ulp * exact.abs() + (1 + bias) * ulp * 0.5 * size.clamp(max=exact.abs().max()) + 2.0**-18 * size
+        )
         assert bool(((y.double() - exact).abs() <= bound).all())
 
 

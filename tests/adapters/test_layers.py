@@ -12,6 +12,8 @@ from loramux_adapters.nf4 import NF4Linear, NF4Weight
 from loramux_adapters.spec import BaseGeometry
 from tests.adapters.support import TinyModel
 
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
 IN, OUT = 24, 20
 RANKS = {"one": 1, "four": 4, "nine": 9}
 
@@ -24,21 +26,23 @@ def base_linear() -> nn.Linear:
     return NF4Linear(NF4Weight.quantize(random(OUT, IN, seed=0)), random(OUT, seed=1), torch.float32)
 
 
-def factors() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def factors() -> Pairs:
     return {
         name: (random(rank, IN, seed=2 + i), random(rank, OUT, seed=20 + i))
         for i, (name, rank) in enumerate(RANKS.items())
     }
 
 
-def select(batch: AdapterBatch, name: str, rows: list[str | None], own: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def select(batch: AdapterBatch, name: str, rows: list[str | None], own: Pairs) -> None:
     """Stack all adapters of `own`, in order, as the only linear of its group."""
     a = torch.cat([pair[0] for pair in own.values()])
     b = torch.cat([pair[1] for pair in own.values()])
     owner = [key for key, pair in own.items() for _ in range(pair[0].shape[0])]
     foreign = torch.tensor([[key != row for key in owner] for row in rows])
     batch.select(
-        {0: Shrink(DenseKernel(a), 1)}, {name: Expand(0, slice(0, a.shape[0]), b)}, foreign if foreign.any() else None
+        {0: Shrink(DenseKernel(a), 1)},
+        {name: Expand(0, slice(0, a.shape[0]), b)},
+        foreign if foreign.any() else None,
     )
 
 
@@ -69,7 +73,9 @@ def test_one_adapter_for_all_rows_needs_no_mask() -> None:
     select(batch, "q", ["four"] * 5, own)
     assert batch.foreign is None
     with torch.inference_mode():
-        torch.testing.assert_close(layer(x), base(x) + x @ own["four"][0].T @ own["four"][1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            layer(x), base(x) + x @ own["four"][0].T @ own["four"][1], rtol=1e-5, atol=1e-4
+        )
 
 
 def test_a_linear_that_no_active_adapter_targets_is_the_base() -> None:

@@ -315,6 +315,17 @@ def test_states_belong_to_generations(registry: AdapterRegistry, generations: li
     assert registry.resolve("a").state == "ready"
 
 
+def test_a_state_ends_with_its_generation(
+    registry: AdapterRegistry, generations: list[str], make_lora_weights: MakeWeights
+) -> None:
+    registry.put("a", generations[0], source="upload")
+    registry.set_state(generations[0], "failed", "does not fit")
+    registry.delete("a")
+    registry.sweep(min_age=0)
+    registry.put("a", registry.store.publish(make_lora_weights(0)), source="upload")
+    assert registry.get("a").state == "available"
+
+
 def test_scanned_folders_are_remembered(registry: AdapterRegistry, tmp_path: Path) -> None:
     registry.save_scanned("/adapters/a", Scanned("a", "1-2-3"))
     registry.save_scanned("/adapters/a", Scanned("a", "4-5-6"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -145,7 +146,9 @@ Move = tuple[str, str, int]
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["place", "wait", "filled", "acquire", "release", "remove", "pin", "unpin", "tick"]),
+            st.sampled_from(
+                ["place", "wait", "filled", "acquire", "release", "remove", "pin", "unpin", "tick"]
+            ),
             st.sampled_from("abcdefg"),
             st.integers(1, 12),
         ),
@@ -196,8 +199,53 @@ def test_any_interleaving_keeps_rows_and_users(moves: list[Move]) -> None:
         assert len(tier.slots) <= tier.max_loras
         assert len(pinned) < tier.max_loras
         spans = sorted((s.offset, s.offset + s.rows) for s in tier.slots.values())
-        assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
         assert [s.references for s in tier.slots.values()] == [held[g] for g in tier.slots]
+
+
+@settings(deadline=None)
+@given(
+    placed=st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["idle", "used", "pinned"])), max_size=6),
+    rows=st.integers(1, 24),
+)
+def test_the_forecast_of_evictions_is_what_happens(placed: list[tuple[int, str]], rows: int) -> None:
+    tier = DeviceTier(max_loras=4, rows=24)
+    for number, (length, state) in enumerate(placed):
+        if place(tier, str(number), length) is not None:
+            if state == "used":
+                tier.acquire(str(number))
+            elif state == "pinned" and sum(slot.pinned for slot in tier.slots.values()) < 3:
+                tier.pin(str(number), True)
+    tier.take_evictions()
+    forecast = tier.evicted_by(rows)
+    slot = tier.place("new", rows)
+    assert (slot is None) == (forecast is None)
+    if forecast is not None:
+        assert tuple(eviction.generation for eviction in tier.take_evictions()) == forecast
+
+
+def test_a_pinned_adapter_gives_way_only_if_a_request_could_never_be_placed() -> None:
+    tier = DeviceTier(max_loras=4, rows=24)
+    place(tier, "a", 8)
+    place(tier, "idle", 8)
+    tier.pin("a", True)
+    assert tier.place("large", 24) is None  # for another pin nothing pinned goes
+    assert set(tier.slots) == {"a"}  # the idle one went in the attempt
+    assert tier.place("large", 24, before_pins=True) is not None
+    assert set(tier.slots) == {"large"}
+
+
+def test_a_request_waits_for_idle_adapters_before_it_takes_a_pinned_ones_place() -> None:
+    tier = DeviceTier(max_loras=3, rows=24)
+    place(tier, "pinned", 8)
+    tier.pin("pinned", True)
+    place(tier, "used", 8)
+    tier.acquire("used")
+    assert tier.place("large", 16, before_pins=True) is None
+    assert "pinned" in tier.slots
+    tier.release("used")
+    assert tier.place("large", 16, before_pins=True) is not None
+    assert set(tier.slots) == {"pinned", "large"}
 
 
 # --- fairness ----------------------------------------------------------------------------------------------------------

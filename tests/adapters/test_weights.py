@@ -15,6 +15,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE, GateLimits
 from loramux_adapters.errors import InvalidAdapter
+from loramux_adapters.safetensors_header import ITEM_BYTES, read_header
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
 from loramux_adapters.weights import LoraWeights
 
@@ -46,15 +47,20 @@ def test_round_trip(
 
 
 def test_mixed_dtypes_stay_and_stay_aligned(
-    make_lora_weights: MakeWeights, tiny_geometry: BaseGeometry, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    weights = make_lora_weights(r=1)
-    tensors = {name: (a.bfloat16(), b) for name, (a, b) in weights.tensors.items()}
-    mixed = LoraWeights(weights.spec, tensors)
+    """A of three bf16 values before B of f32: in the order of their names B would lie at an odd multiple of 2."""
+    geometry = BaseGeometry("odd", "", {"m.q": (2, 3)})
+    spec = AdapterSpec(r=1, lora_alpha=1, target_modules=("q",))
+    mixed = LoraWeights(spec, {"m.q": (torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(2, 1))})
     mixed.write(tmp_path)
-    assert same(LoraWeights.read(tmp_path, tiny_geometry), mixed)
+    assert same(LoraWeights.read(tmp_path, geometry), mixed)
     assert mixed.dtype == "BF16+F32"
-    assert len(load_file(tmp_path / WEIGHTS_FILE)) == 8
+    with (tmp_path / WEIGHTS_FILE).open("rb", buffering=0) as file:
+        size = (tmp_path / WEIGHTS_FILE).stat().st_size
+        entries = read_header(file, label="", file_size=size, max_header_bytes=size, max_tensors=2)
+    assert all(entry.start % ITEM_BYTES[entry.dtype] == 0 for entry in entries)
+    assert len(load_file(tmp_path / WEIGHTS_FILE)) == 2
 
 
 def test_unaligned_foreign_file(adapter_files: Any, tiny_geometry: BaseGeometry, tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def test_generation_depends_on_everything(make_lora_weights: MakeWeights) -> Non
         make_lora_weights(seed=1),
         make_lora_weights(dtype=torch.bfloat16),
         LoraWeights(base.spec, {first: (flipped, b)} | {name: base.tensors[name] for name in rest}),
-        LoraWeights(base.spec, {first: (a.T, b)} | {name: base.tensors[name] for name in rest}),
+        LoraWeights(base.spec, {first: (a.view(8, 8), b)} | {name: base.tensors[name] for name in rest}),
         LoraWeights(base.spec, {name: base.tensors[name] for name in rest}),
     ]
     assert len({weights.generation for weights in variants}) == len(variants)

@@ -10,7 +10,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,7 @@ class FakeEngine:
     stats: EngineStats | None = None
     not_ready: LoramuxError | None = None
     calls: list[Call] = field(default_factory=list)
+    pins: list[AdapterRef] = field(default_factory=list)
     listeners: list[Callable[[StepOutput], None]] = field(default_factory=list)
 
     @property
@@ -119,7 +120,7 @@ class FakeEngine:
         )
 
     async def pin(self, adapters: Sequence[AdapterRef]) -> None:
-        raise NotImplementedError("no route pins adapters")
+        self.pins = list(adapters)
 
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         self.listeners.append(listener)
@@ -166,6 +167,7 @@ class FakeRecord:
     name: str
     generation: str
     created: float = 1_700_000_000.5
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
 
 
 class FakeLease:

@@ -166,9 +166,7 @@ def test_everyone_is_served_once_and_in_the_order_of_their_queue(
         served += serve(
             line,
             room,
-            lambda item, blocked=blocked: (
-                Verdict.NOT_YET if item.generation in blocked else Verdict.ADMITTED
-            ),
+            lambda item, blocked=blocked: Verdict.NOT_YET if item.generation in blocked else Verdict.ADMITTED,
         )
     served += serve(line, len(sequences))
     assert len(line) == 0

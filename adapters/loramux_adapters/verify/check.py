@@ -47,7 +47,7 @@ BOUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` slices of about equal kind: one module weighed, one twin built, one prompt run once."""
+    """`done` of `total` slices: a module weighed, a twin made or rebuilt, a prompt run once."""
 
     done: int
     total: int
@@ -111,7 +111,7 @@ def verification_steps(
     """
     started = time.monotonic()
     probe.check(model.config.get_text_config().vocab_size)
-    total = len(weights.tensors) + 2 + 3 * len(probe.tokens)
+    total = len(weights.tensors) + 4 + 3 * len(probe.tokens)
     try:
         modules: list[ModuleFacts | None] = []
         for facts_of_module in weigh(model, weights):
@@ -123,15 +123,14 @@ def verification_steps(
             finding = yield from _run_and_judge(model, weights, probe, len(modules), total)
     except torch.OutOfMemoryError as error:
         raise AdapterUnavailable("not enough device memory is free to verify the adapter") from error
-    embedding = model.get_input_embeddings().weight
     return VerifyReport(
         verdict=finding.verdict,
         reason=finding.reason,
         generation=weights.generation,
         base=geometry.name,
         base_identity=geometry.identity,
-        dtype=_dtype_name(embedding.dtype),
-        device=str(embedding.device),
+        dtype=_dtype_name(model.dtype),
+        device=str(model.device),
         tokens_from=probe.origin,
         weights=facts,
         shift=finding.shift,
@@ -157,15 +156,19 @@ def _run_and_judge(
     model: PreTrainedModel, weights: LoraWeights, probe: Probe, done: int, total: int
 ) -> Generator[Progress, None, _Finding]:
     try:
-        served = ServedAdapter(twin_of(model), weights)
+        twin = twin_of(model)
         yield Progress(done + 1, total)
-        peft = PeftAdapter(twin_of(model), weights)
+        served = ServedAdapter(twin, weights)
         yield Progress(done + 2, total)
+        twin = twin_of(model)
+        yield Progress(done + 3, total)
+        peft = PeftAdapter(twin, weights)
+        yield Progress(done + 4, total)
     except AdapterUnavailable as error:
         return _Finding("not_finite", error.message)
     except PeftDiffers as error:
         return _Finding("disagrees", str(error))
-    done += 2
+    done += 4
     shift, agreement = Comparison(), Comparison()
     for tokens in probe.tokens:
         base = served.logits(tokens, adapted=False)
@@ -183,8 +186,8 @@ def _run_and_judge(
             return _Finding("disagrees", "PEFT's logits are inf or nan, loramux's are not")
         shift.add(ours, base, tokens)
         agreement.add(ours, theirs, tokens)
-    dtype = model.get_input_embeddings().weight.dtype
-    return _judge_run(shift, _agreement(agreement, peft.update_error(served.host), dtype), dtype)
+    update = peft.update_error(served.host)
+    return _judge_run(shift, _agreement(agreement, update, model.dtype), model.dtype)
 
 
 def _agreement(logits: Comparison, update: tuple[float, str], dtype: torch.dtype) -> PeftAgreement:

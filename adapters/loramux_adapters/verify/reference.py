@@ -38,14 +38,15 @@ class PeftAdapter:
         from peft.tuners.lora import LoraLayer
 
         spec = replace(weights.spec, base_identity=None, base_model_name_or_path=None)
-        config = LoraConfig(**{k: v for k, v in spec.to_config().items() if k != "peft_type"})
+        fields: dict[str, Any] = spec.to_config()
+        del fields["peft_type"]  # which the class says itself
+        config = LoraConfig(**fields)
         try:
             # On the meta device nothing is initialized, so the process's random numbers stay as they are.
             inject_adapter_in_model(config, twin, _NAME, low_cpu_mem_usage=True)
         except ValueError as error:
             raise PeftDiffers(f"PEFT does not take this config: {error}") from error
         self.model = twin.eval()
-        self.device = twin.get_input_embeddings().weight.device
         self.layers: dict[str, Any] = {
             name: module for name, module in twin.named_modules() if isinstance(module, LoraLayer)
         }
@@ -60,12 +61,12 @@ class PeftAdapter:
             expected = tuple(linears[_NAME].weight.shape)
             if expected != tuple(tensor.shape):
                 raise PeftDiffers(f"PEFT gives {name} the shape {expected}, loramux {tuple(tensor.shape)}")
-            values = tensor.to(self.device, torch.float32)
+            values = tensor.to(self.model.device, torch.float32)
             linears[_NAME].weight = nn.Parameter(values, requires_grad=False)
 
     def logits(self, tokens: tuple[int, ...]) -> torch.Tensor:
         """`[len(tokens), vocabulary]` in fp32."""
-        return run(self.model, tokens, self.device)
+        return run(self.model, tokens)
 
     @torch.inference_mode()
     def update_error(self, host: HostCopy) -> tuple[float, str]:
@@ -77,7 +78,7 @@ class PeftAdapter:
         worst, where = -1.0, ""
         for name, (a, b) in host.factors.items():
             layer = self.layers[name]
-            x = torch.randn(_INPUTS, a.shape[1], generator=generator).to(self.device)
+            x = torch.randn(_INPUTS, a.shape[1], generator=generator).to(self.model.device)
             theirs = (layer.lora_B[_NAME](layer.lora_A[_NAME](x)) * layer.scaling[_NAME]).double()
             ours = (x @ a.to(x).T @ b.to(x)).double()
             error = float((ours - theirs).norm() / theirs.norm().clamp_min(_SMALLEST))

@@ -17,14 +17,12 @@ class ServedAdapter:
 
     def __init__(self, twin: PreTrainedModel, weights: LoraWeights) -> None:
         """Rebuilds `twin`. Raises AdapterUnavailable if the weights overflow the compute dtype."""
-        embedding = twin.get_input_embeddings().weight
         self.model = twin
-        self.device = embedding.device
-        self.host = HostCopy.build(weights, embedding.dtype, pin=False)
+        self.host = HostCopy.build(weights, twin.dtype, pin=False)
         names = list(weights.tensors)
         groups = shared_inputs(twin, names)
         layers, batch = install(twin, names)
-        self._pool = DevicePool(layers, groups, batch, self.host.rows, embedding.dtype, self.device)
+        self._pool = DevicePool(layers, groups, batch, self.host.rows, twin.dtype, twin.device)
         self._slot = Slot("verified", 0, self.host.rows)
         self._targets = frozenset(names)
         self._pool.fill(self._slot, self.host.factors)
@@ -33,12 +31,12 @@ class ServedAdapter:
         """`[len(tokens), vocabulary]` in fp32."""
         slots = [self._slot] if adapted else []
         self._pool.select([self._slot.generation], slots, self._targets)
-        return run(self.model, tokens, self.device)
+        return run(self.model, tokens)
 
 
 @torch.inference_mode()
-def run(model: PreTrainedModel, tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def run(model: PreTrainedModel, tokens: tuple[int, ...]) -> torch.Tensor:
     """One prompt through transformers' own forward: logits `[len(tokens), vocabulary]` in fp32."""
-    output = model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+    output = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
     logits: torch.Tensor = output.logits[0]
     return logits.float()

@@ -14,12 +14,15 @@ from loramux_server.api.context import ApiContext, ApiSettings
 from loramux_server.api.middleware import Envelope
 from loramux_server.api.models import ModelNames
 from loramux_server.api.protocol import ChatBody, CompletionBody
+from loramux_server.api.routes.adapters import ADAPTER_ANSWERS, ADAPTER_BODIES, adapters_router
 from loramux_server.api.routes.chat import chat_router
 from loramux_server.api.routes.completions import completions_router
 from loramux_server.api.routes.models import models_router
 from loramux_server.api.routes.service import service_router
+from loramux_server.api.routes.vllm import vllm_router
 from loramux_server.api.texts import Texts
 from loramux_server.api.wire import ChatCompletion, Completion, Health, ModelCard, ModelList, Version
+from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.interface import AdapterDirectory, EngineClient
 from loramux_server.metrics import Metrics
 
@@ -34,8 +37,12 @@ def create_app(
     settings: ApiSettings,
     metrics: Metrics,
     chat_template: str | None = None,
+    catalog: AdapterCatalog | None = None,
 ) -> FastAPI:
-    """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own."""
+    """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own.
+
+    Without a catalogue the routes that change adapters are not there.
+    """
     api = ApiContext(
         engine=engine,
         models=ModelNames(settings.served_model_names, adapters),
@@ -50,11 +57,19 @@ def create_app(
     )
     for router in (completions_router, chat_router, models_router, service_router):
         app.include_router(router(api))
+    if catalog is not None:
+        app.include_router(adapters_router(api, catalog))
+        app.include_router(vllm_router(api, catalog))
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_envelope)
     app.add_middleware(Envelope, metrics=metrics)
     openapi.install(
-        app, [CompletionBody, ChatBody], [Completion, ChatCompletion, ModelList, ModelCard, Health, Version]
+        app,
+        [CompletionBody, ChatBody, *(ADAPTER_BODIES if catalog else ())],
+        [
+            *(Completion, ChatCompletion, ModelList, ModelCard, Health, Version),
+            *(ADAPTER_ANSWERS if catalog else ()),
+        ],
     )
     return app
 

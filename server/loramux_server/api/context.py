@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loramux_server.api.models import ModelNames
 from loramux_server.api.texts import Texts
@@ -20,6 +21,7 @@ class ApiSettings:
     max_body_bytes: int = 8 * 2**20
     default_max_tokens: int = 16  # of completions; chat defaults to the rest of the context
     max_sequences_per_request: int = 128  # prompts times n
+    adapter_roots: tuple[Path, ...] = ()  # the folders that /v1/load_lora_adapter may read
     started: int = field(default_factory=lambda: int(time.time()))  # `created` of the base's model card
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from http import HTTPStatus
 
 import msgspec
 from fastapi.exceptions import RequestValidationError
+from msgspec import UNSET, UnsetType
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -25,14 +26,20 @@ from loramux_adapters.errors import (
     LoramuxError,
     Overloaded,
     RequestError,
+    StorageFull,
     TrainingError,
     UnknownAdapter,
 )
 from loramux_server.api.body import BodyTooLarge, UnsupportedMediaType
+from loramux_server.api.idempotency import KeyReused
+from loramux_server.api.uploads import CrossOrigin, UploadTimeout
 
 # The most specific class wins. No 409: clients retry it, and our conflicts are permanent.
 STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     RequestError: (400, "invalid_request_error"),
+    KeyReused: (400, "invalid_request_error"),
+    CrossOrigin: (403, "invalid_request_error"),
+    UploadTimeout: (408, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     UnsupportedMediaType: (415, "invalid_request_error"),
     UnknownAdapter: (404, "invalid_request_error"),
@@ -42,8 +49,11 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     AdapterUnavailable: (503, "server_error"),
     EngineError: (503, "server_error"),
     Overloaded: (429, "rate_limit_error"),
+    StorageFull: (507, "server_error"),
 }
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
+# Clients repeat 408 and 5xx by themselves unless told not to: these do not get better by it.
+FINAL = (KeyReused, StorageFull)
 
 # What a request may fail with after the engine took it; it arrives as a code, not as an exception.
 _ENGINE_CODES: dict[str, type[LoramuxError]] = {
@@ -52,13 +62,21 @@ _ENGINE_CODES: dict[str, type[LoramuxError]] = {
 }
 
 
+class FaultBody(msgspec.Struct):
+    """One thing wrong with an adapter: `where` names the config field, tensor or file."""
+
+    where: str
+    problem: str
+
+
 class ErrorBody(msgspec.Struct):
-    """All four keys are always there."""
+    """The first four keys are always there; `faults` when an adapter's files were refused."""
 
     message: str
     type: str
     param: str | None
     code: str | None
+    faults: list[FaultBody] | UnsetType = UNSET
 
 
 class ErrorEnvelope(msgspec.Struct):
@@ -108,7 +126,12 @@ def _table_reply(error: LoramuxError, status: int, kind: str) -> ErrorReply:
     if status in RETRY_AFTER_SECONDS:
         hint = getattr(error, "retry_after", None)
         headers["retry-after"] = str(math.ceil(hint) if hint else RETRY_AFTER_SECONDS[status])
-    return ErrorReply(status, ErrorBody(error.message, kind, error.param, error.code), headers)
+    if isinstance(error, FINAL):
+        headers["x-should-retry"] = "false"
+    body = ErrorBody(error.message, kind, error.param, error.code)
+    if isinstance(error, InvalidAdapter):
+        body.faults = [FaultBody(fault.where, fault.problem) for fault in error.faults]
+    return ErrorReply(status, body, headers)
 
 
 def _validation_reply(error: RequestValidationError) -> ErrorReply:

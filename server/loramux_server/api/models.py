@@ -52,6 +52,17 @@ class ModelNames:
         finally:
             lease.release()
 
+    def with_defaults(self, values: dict[str, object]) -> dict[str, object]:
+        """A request's fields, with those that its adapter brings defaults for and the request does not name."""
+        model = values.get("model")
+        if not isinstance(model, str) or model in self.base_names:
+            return values
+        try:
+            defaults = self.adapter(model).default_sampling
+        except UnknownAdapter:
+            return values  # `lease` says so
+        return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+
     def adapter(self, name: str) -> AdapterView:
         """The adapter of that name. Raises UnknownAdapter for anything else, the base's names included."""
         return self._first_known(name, self._adapters.resolve)

@@ -35,7 +35,7 @@ def validate(model: type[Body], values: dict[str, object], refused: Mapping[str,
     try:
         body = model.model_validate(values)
     except ValidationError as error:
-        raise _first_fault(error) from None
+        raise first_fault(error) from None
     for name, neutral in refused.items():
         value = values.get(name)
         if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
@@ -125,7 +125,7 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _first_fault(error: ValidationError) -> RequestError:
+def first_fault(error: ValidationError) -> RequestError:
     """One sentence about the first fault. The input is not repeated: it may be long, or secret."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     path = ""

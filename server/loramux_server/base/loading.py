@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -25,6 +25,7 @@ from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.spec import BaseGeometry
 from loramux_server.base.device import pick_device, pick_dtype
+from loramux_server.base.location import check_location
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +93,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
 
 
 def _read_config(options: LoadOptions) -> Any:
-    path = Path(options.model)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise BaseModelError(
-            f"{options.model} holds no config.json: it is not a model directory", param="model"
-        )
+    check_location(options.model)
     try:
         config = AutoConfig.from_pretrained(
             options.model,
@@ -105,8 +102,9 @@ def _read_config(options: LoadOptions) -> Any:
             local_files_only=options.local_files_only,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"cannot read the model '{options.model}': {reason}", param="model") from error
+        raise BaseModelError(
+            f"cannot read the model '{options.model}': {_first_line(error)}", param="model"
+        ) from error
     architectures = getattr(config, "architectures", None) or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if getattr(config, "is_encoder_decoder", False) or not any(name in known for name in architectures):
@@ -126,6 +124,8 @@ def _check_quantization_config(config: Any, options: LoadOptions) -> bool:
         return False
     fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
     method = str(fields.get("quant_method", "")).rsplit(".", 1)[-1].lower()
+    if fields.get("load_in_8bit", fields.get("_load_in_8bit")):
+        method += " int8"
     if "bitsandbytes" not in method or not fields.get("load_in_4bit", fields.get("_load_in_4bit")):
         raise BaseModelError(
             f"'{options.model}' is quantized with {method or 'an unknown method'}; use the 16-bit checkpoint or one "
@@ -175,10 +175,9 @@ def _read_weights(
         raise BaseModelError(
             f"not enough memory on {device} to load '{options.model}'; choose a smaller model", param="model"
         ) from error
-    except (MemoryError, OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (MemoryError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BaseModelError(
-            f"cannot load the weights of '{options.model}': {reason}", param="model"
+            f"cannot load the weights of '{options.model}': {_first_line(error)}", param="model"
         ) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -205,6 +204,11 @@ def _swap_linears(
         if isinstance(module, Linear4bit):
             weight: Any = module.weight  # bitsandbytes.nn.Params4bit
             quantized = NF4Weight.from_bitsandbytes(weight.data, weight.quant_state, name)
+            if quantized.shape != shapes[name]:  # transformers checks the shapes of what it does not quantize
+                raise BaseModelError(
+                    f"{name} is {list(quantized.shape)} in the checkpoint, but {list(shapes[name])} by its config",
+                    param="model",
+                )
             replacement: nn.Linear = NF4Linear(quantized, module.bias, dtype, keep_dense=keep_dense)
         else:
             module.to(dtype)
@@ -216,6 +220,10 @@ def _swap_linears(
             f"{type(model).__name__} has no linear layers an adapter could target", param="model"
         )
     return shapes
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cast_remaining(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 _RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
 _STOP_WAIT_S = 10.0
+# GNU OpenMP's threads spin at every barrier. When another process wants a core, spinning keeps it from the very thread
+# that is waited for: on two busy cores a short spin decodes 2.4 times as fast, on idle ones it makes no difference.
+_THREADING = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerClient:
@@ -166,7 +169,11 @@ class WorkerClient:
 
     async def _launch(self) -> Ready:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loramux_server.engine.worker", stdin=asyncio.subprocess.PIPE
+            sys.executable,
+            "-m",
+            "loramux_server.engine.worker",
+            stdin=asyncio.subprocess.PIPE,
+            env={**_THREADING, **os.environ},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._options))

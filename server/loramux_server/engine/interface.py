@@ -6,7 +6,7 @@ nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -69,6 +69,11 @@ class AdapterView(Protocol):
     @property
     def created(self) -> float:
         """Unix seconds."""
+        ...
+
+    @property
+    def default_sampling(self) -> Mapping[str, object]:
+        """Values for fields of a request that does not name them."""
         ...
 
 

@@ -90,8 +90,10 @@ def _draw(row: torch.Tensor, sequence: Sequence) -> int:
         keep[params.top_k :] = False
     if params.top_p < 1.0:
         kept = values * keep
-        # A token stays if the probability before it has not reached top_p of what the other filters left.
-        keep &= (kept.cumsum(-1) - kept) < params.top_p * kept.sum()
+        # A token stays if the probability before it has not reached top_p of what the other filters left. Without
+        # them that is everything, of which the candidates are only a part.
+        left = kept.sum() if params.top_k > 0 or params.min_p > 0.0 else probs.sum()
+        keep &= (kept.cumsum(-1) - kept) < params.top_p * left
     return int(ids[_pick(values * keep, uniform)])
 
 

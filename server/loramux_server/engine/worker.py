@@ -185,7 +185,7 @@ def main() -> int:
         # Of a CUDA error nothing on this device can be trusted any more: say so and let the front start another worker.
         logger.exception("the worker cannot go on")
         socket.send(
-            EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"))
+            EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"))
         )
         return 1
     finally:

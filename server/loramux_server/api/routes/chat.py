@@ -41,7 +41,7 @@ def chat_router(api: ApiContext) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=describe(ChatBody, ChatCompletion))
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation."""
-        values = await read_object(request, api.settings.max_body_bytes)
+        values = api.models.with_defaults(await read_object(request, api.settings.max_body_bytes))
         body = validate(ChatBody, values, UNSUPPORTED_CHAT)
         logprobs = _logprobs(body)
         messages = conversation(body.messages)

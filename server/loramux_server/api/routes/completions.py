@@ -32,7 +32,7 @@ def completions_router(api: ApiContext) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=describe(CompletionBody, Completion))
     async def create_completion(request: Request) -> Response:
         """Continue a prompt, or several."""
-        values = await read_object(request, api.settings.max_body_bytes)
+        values = api.models.with_defaults(await read_object(request, api.settings.max_body_bytes))
         body = validate(CompletionBody, values, UNSUPPORTED_COMPLETION)
         _check(body)
         base = api.engine.ready

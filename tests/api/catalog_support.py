@@ -1,0 +1,161 @@
+"""The application over a real catalogue in a temporary folder, for a base small enough to write down.
+
+The engine is a fake that remembers its pins; registry, store, gate and staging are the real ones.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from fastapi import FastAPI
+from transformers import PreTrainedTokenizerFast
+
+from loramux_adapters.adapter_files import ADAPTER_FILES
+from loramux_adapters.spec import BaseGeometry
+from loramux_server.api.app import ApiSettings, create_app
+from loramux_server.catalog import AdapterCatalog
+from loramux_server.engine.messages import EngineStats, Ready
+from loramux_server.metrics import Metrics
+from tests.adapters.conftest import AdapterFiles
+from tests.api.conftest import FakeEngine
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class TinyEngine(FakeEngine):
+    """The base is `tiny_geometry`."""
+
+    geometry: BaseGeometry | None = None
+
+    @property
+    def ready(self) -> Ready:
+        assert self.geometry is not None
+        return msgspec.structs.replace(
+            super().ready,
+            base_name=self.geometry.name,
+            base_identity=self.geometry.identity,
+            linear_shapes=dict(self.geometry.linear_shapes),
+        )
+
+
+@dataclass
+class CatalogStand:
+    app: FastAPI
+    engine: TinyEngine
+    catalog: AdapterCatalog
+    metrics: Metrics
+    client: httpx.AsyncClient
+    root: Path
+
+    @property
+    def staged(self) -> list[str]:
+        """What lies in the staging folder; nothing, unless an upload is under way."""
+        staging = self.catalog.staging
+        return [entry.name for entry in staging.iterdir()] if staging.exists() else []
+
+    async def upload(
+        self, name: str, files: Mapping[str, bytes], *, key: str | None = None, **fields: str
+    ) -> httpx.Response:
+        headers = {"idempotency-key": key} if key else {}
+        parts = [(part, (part, data)) for part, data in files.items()]
+        data = {"name": name, **fields}
+        return await self.client.post("/v1/adapters", data=data, files=parts, headers=headers)
+
+    async def show(self, name: str) -> dict[str, Any]:
+        response = await self.client.get(f"/v1/adapters/{name}")
+        assert response.status_code == 200, response.text
+        shown: dict[str, Any] = response.json()
+        return shown
+
+
+def make_stand(
+    root: Path, geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast, *, roots: tuple[Path, ...] = ()
+) -> CatalogStand:
+    engine = TinyEngine(tokenizer, geometry=geometry)
+    metrics = Metrics(max_loras=4)
+    catalog = AdapterCatalog(root / "data", engine, metrics, reserved=("tiny",), max_lora_rank=16)
+    app = create_app(
+        engine=engine,
+        adapters=catalog.registry,
+        tokenizer=tokenizer,
+        settings=ApiSettings(served_model_names=("tiny",), version="9.9", adapter_roots=roots),
+        metrics=metrics,
+        catalog=catalog,
+    )
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return CatalogStand(app, engine, catalog, metrics, client, root)
+
+
+def contents(files: AdapterFiles, directory: Path) -> dict[str, bytes]:
+    """The files as an uploader would send them; what is not there is left out."""
+    files.write(directory)
+    return {name: (directory / name).read_bytes() for name in ADAPTER_FILES if (directory / name).exists()}
+
+
+def variant(files: AdapterFiles, number: int) -> AdapterFiles:
+    """Another content: another generation."""
+    return replace(files, tensors={name: tensor + number for name, tensor in files.tensors.items()})
+
+
+def tarred(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def stats(**fields: Any) -> EngineStats:
+    plain: dict[str, Any] = dict.fromkeys(
+        ("step", "running", "waiting", "kv_blocks_used", "kv_blocks_total", "batch_tokens", "batch_adapters"),
+        0,
+    )
+    plain |= {"preemptions": 0, "device_adapters": [], "host_adapters": []}
+    return EngineStats(**(plain | fields))
+
+
+def fault(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    return error
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> tuple[Path, ...]:
+    return (tmp_path / "shelf", tmp_path / "second")
+
+
+@pytest.fixture
+async def stand(
+    tmp_path: Path,
+    tiny_geometry: BaseGeometry,
+    tokenizer: PreTrainedTokenizerFast,
+    roots: tuple[Path, ...],
+) -> AsyncIterator[CatalogStand]:
+    stand = make_stand(tmp_path, tiny_geometry, tokenizer, roots=roots)
+    async with stand.client:
+        yield stand
+    assert stand.staged == []
+    stand.catalog.close()
+
+
+@pytest.fixture
+def make_files(adapter_files: AdapterFiles, tmp_path: Path) -> Callable[[int], Files]:
+    """Adapter number n; equal numbers are equal files."""
+    return lambda number: contents(variant(adapter_files, number), tmp_path / f"adapter-{number}")
+
+
+@pytest.fixture
+def files(make_files: Callable[[int], Files]) -> Files:
+    return make_files(0)

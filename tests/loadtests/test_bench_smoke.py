@@ -1,0 +1,279 @@
+"""The benchmark's arithmetic, its client against a scripted server, and its smallest scenario for real."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from loadtests import BenchError, bench
+from loadtests.adapters import write_adapters
+from loadtests.client import Load, Request, Stream, run_load
+from loadtests.contestants import Turn
+from loadtests.parity import StreamCheck, TokenNames, summarize
+from loadtests.report import Figure, Result, Spread, print_result, ratio, save
+from loadtests.scenarios import OURS, SCENARIOS, Goal, Scenario
+from loadtests.server import base_name
+
+CARDS = [
+    {"id": "tiny", "parent": None},
+    {"id": "bench-0", "parent": "tiny", "generation": "aa"},
+]
+
+
+class ScriptedServer(BaseHTTPRequestHandler):
+    """Streams `max_tokens` pieces "x" (fewer if the prompt begins with 13); model "broken" fails in the middle."""
+
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        self._answer(200, json.dumps({"data": CARDS}).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.seen.append(body)
+        if body["model"] == "nobody":
+            self._answer(404, b'{"error": {"message": "The model \'nobody\' does not exist"}}')
+            return
+        count = body["max_tokens"] - (body["prompt"][0] == 13)
+        events = [self._piece(f"t{i}", "logprobs" in body, last=i == count - 1) for i in range(count)]
+        events.append({"choices": [], "usage": {"completion_tokens": count}})
+        if body["model"] == "broken":
+            events = [events[0], {"error": {"message": "the engine stopped"}}]
+        stream = b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events) + b"data: [DONE]\n\n"
+        self._answer(200, stream)
+
+    def _piece(self, name: str, scored: bool, *, last: bool) -> dict[str, Any]:
+        choice = {"text": "x", "finish_reason": "length" if last else None, "logprobs": None}
+        return {"choices": [{**choice, "logprobs": {"tokens": [name]}} if scored else choice]}
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        middle = len(content) // 2  # in two writes: events are torn anywhere
+        self.wfile.write(content[:middle])
+        self.wfile.flush()
+        self.wfile.write(content[middle:])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def scripted() -> Iterator[str]:
+    ScriptedServer.seen.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedServer)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_client_sends_fixed_greedy_requests_and_reads_every_token(scripted: str) -> None:
+    load = run_load(scripted, "tiny", [Request([1, 2], None, 5), Request([3, 4, 5], "bench-0", 5)])
+    assert [stream.tokens for stream in load.streams] == [5, 5]
+    assert [stream.text for stream in load.streams] == ["xxxxx", "xxxxx"]
+    assert load.prompt_tokens == 5
+    assert load.seconds >= max(stream.arrivals[-1] for stream in load.streams)
+    by_model = {body["model"]: body for body in ScriptedServer.seen}
+    assert set(by_model) == {"tiny", "bench-0"}
+    for body in by_model.values():
+        assert (body["temperature"], body["ignore_eos"], body["max_tokens"]) == (0, True, 5)
+        assert "logprobs" not in body
+
+
+def test_client_reads_token_names_when_asked(scripted: str) -> None:
+    load = run_load(scripted, "tiny", [Request([1], None, 3)], token_names=True)
+    assert load.streams[0].token_names == ["t0", "t1", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (Request([13], None, 4), "asked for 4 tokens, got 3"),
+        (Request([1], "nobody", 4), "HTTP 404: The model 'nobody' does not exist"),
+        (Request([1], "broken", 4), "the engine stopped"),
+    ],
+)
+def test_client_refuses_answers_that_are_not_what_was_asked(
+    scripted: str, request_: Request, sentence: str
+) -> None:
+    with pytest.raises(BenchError, match=sentence):
+        run_load(scripted, "tiny", [request_])
+
+
+def test_no_server() -> None:
+    with pytest.raises(BenchError, match="http://127.0.0.1:9"):
+        run_load("http://127.0.0.1:9", "tiny", [Request([1], None, 1)])
+
+
+def test_a_running_server_must_serve_our_adapters(
+    scripted: str, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    assert base_name(scripted, []) == "tiny"
+    with pytest.raises(BenchError, match="does not serve the benchmark's adapter bench-0"):
+        base_name(scripted, write_adapters(tiny_model("llama"), tmp_path, count=1))
+
+
+def test_rates_are_read_off_the_arrivals() -> None:
+    # two streams of 4 tokens: all decode from 2.0, when the second has its first token, to 5.0, when the first ends
+    early = Stream(0.0, [1.0, 2.0, 3.0, 5.0], 5.0, "abcd", 4, [])
+    late = Stream(0.5, [2.0, 4.0, 5.0, 8.0], 8.0, "abcd", 4, [])
+    load = Load([early, late], prompt_tokens=100)
+    assert load.seconds == 8.0
+    assert load.generated_per_s == 1.0
+    assert load.prompt_per_s == 50.0
+    assert load.decode_per_s == pytest.approx((2 + 2) / 3)
+    assert late.ttft == 1.5
+    assert early.gaps == [1.0, 1.0, 2.0]
+    one_token = Load([Stream(0.0, [1.0], 1.0, "a", 1, [])], prompt_tokens=10)
+    assert one_token.decode_per_s is None
+
+
+def test_ratios_and_goals() -> None:
+    ours = Figure(OURS, "tok/s", [30.0, 20.0, 40.0])
+    peer = Figure("peer", "tok/s", [10.0, 10.0, 5.0])
+    assert ours.spread == Spread(20.0, 30.0, 40.0)
+    assert ratio(ours, peer) == Spread(2.0, 3.0, 8.0)
+    goals = (
+        Goal(OURS, 2.5, over="peer"),
+        Goal(OURS, 31),
+        Goal(OURS, 31, at_most=True),
+        Goal(OURS, 1, over="absent"),
+    )
+    result = Result(Scenario("s", "a scenario", streams=1, goals=goals), {"threads": 1}, [ours, peer])
+    assert [(goal.value, goal.met) for goal in result.goals] == [(3.0, True), (30.0, False), (30.0, True)]
+
+
+def test_parity_counts_streams() -> None:
+    checks = [
+        StreamCheck(None, None, 0.0),
+        StreamCheck(3, 0.0625, 0.125),  # a near-tie
+        StreamCheck(5, 0.5, 1.5),  # wrong
+        None,
+    ]
+    parity = summarize(checks, tolerance=0.25, texts=(8, 1))
+    assert (parity.streams, parity.identical, parity.violations, parity.unreadable) == (4, 1, 1, 1)
+    assert parity.margins == [0.0625, 0.5]
+    assert not parity.right
+    assert parity.verdict == "WRONG: 1 of 4 streams, off by 1.50"
+    assert summarize(checks[:2], 0.25).right
+    assert summarize(checks[:2], 0.25).verdict == "1/2 identical, near-ties within 0.12"
+
+
+def test_report_is_printed_and_saved_without_naming_the_machine(tmp_path: Path) -> None:
+    parity = summarize([StreamCheck(None, None, 0.0)], 0.25)
+    figures = [
+        Figure(OURS, "tok/s", [300.0], "over HTTP", {"ttft_p50_s": 0.25}, parity),
+        Figure("peer", "tok/s", [100.0]),
+    ]
+    result = Result(Scenario("s", "a scenario", streams=1, goals=(Goal(OURS, 400),)), {"threads": 2}, figures)
+    console = Console(record=True, width=140)
+    print_result(result, console)
+    text = console.export_text()
+    for part in ("3.00x", "1/1 identical", "TTFT p50 250 ms", "NOT MET", "over HTTP"):
+        assert part in text
+    path = save(result, tmp_path)
+    assert path.name.endswith("-s.json")
+    saved = json.loads(path.read_text())
+    assert saved["figures"][0]["median"] == 300.0
+    assert saved["ratios"]["peer"] == {"low": 3.0, "median": 3.0, "high": 3.0}
+    assert set(saved["machine"]) == {"cpu", "cores", "system"}
+    assert "torch" in saved["versions"]
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+
+    class Fake:
+        note = ""
+        repeats = (0, 0)
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def prepare(self) -> None:
+            order.append(f"prepare {self.name}")
+
+        def turn(self) -> Turn:
+            order.append(self.name)
+            return Turn(1.0, 2.0)
+
+        def answers(self) -> list[Any]:
+            return []
+
+    turns = bench.play([Fake("a"), Fake("b")], rounds=2)
+    assert order == ["prepare a", "prepare b", "a", "b", "a", "b"]
+    assert {name: len(items) for name, items in turns.items()} == {"a": 2, "b": 2}
+
+
+def test_requests_are_fixed_by_the_scenario() -> None:
+    mixed = SCENARIOS["mixed"]
+    names = [f"bench-{i}" for i in range(8)]
+    requests = mixed.requests(names, 49152)
+    assert len(requests) == 32
+    assert {request.adapter for request in requests[:8]} == set(names)
+    assert {len(request.prompt) for request in requests} == {128}
+    assert len({tuple(request.prompt) for request in requests}) == 32
+    assert requests == mixed.requests(names, 49152)
+    assert [r.prompt for r in SCENARIOS["base-32"].requests(names, 49152)] == [r.prompt for r in requests]
+    assert all(request.adapter is None for request in SCENARIOS["base-32"].requests(names, 49152))
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--list"]) == 0
+    assert "one-adapter-32" in capsys.readouterr().out
+    assert bench.main(["no-such"]) == 1
+    assert "no-such is no scenario" in capsys.readouterr().err
+    assert bench.main(["start", "--url", "http://127.0.0.1:9"]) == 1
+    chosen = bench.chosen_scenarios(bench.parse(["prefill", "mixed", "--new-tokens", "4", "--streams", "2"]))
+    assert [(scenario.streams, scenario.new_tokens) for scenario in chosen] == [(2, 1), (2, 4)]
+    assert [scenario.goals for scenario in chosen] == [(), ()], "goals are for the scenario's own sizes"
+    assert bench.chosen_scenarios(bench.parse(["mixed", "--streams", "32"])) == [SCENARIOS["mixed"]]
+
+
+def add_tokenizer(model: Path, directory: Path) -> Path:
+    """A copy of the tiny model with one distinct token for each of its 320 ids."""
+    directory.mkdir()
+    for file in model.iterdir():
+        (directory / file.name).symlink_to(file)
+    vocabulary = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {f"filler{index}": index for index in range(len(vocabulary), 320)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(directory)
+    return directory
+
+
+def test_token_names_lead_back_to_ids(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    names = TokenNames(add_tokenizer(tiny_model("llama"), tmp_path / "model"))
+    assert names.ids(["filler300", "filler319"]) == [300, 319]
+    assert names.ids(["filler300", "unknown"]) is None
+
+
+@pytest.mark.e2e
+def test_smallest_scenario(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A real server and a real reference: every figure comes with its answers checked."""
+    model = add_tokenizer(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "result.json"
+    sizes = ["--streams", "2", "--new-tokens", "4", "--prompt-tokens", "8", "--rounds", "1", "--threads", "1"]
+    assert bench.main(["mixed", "--model", str(model), *sizes, "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    names = [figure["name"] for figure in result["figures"]]
+    assert names == ["loramux", "loramux, base only", "peft-set-adapter", "peft-adapter-names"]
+    for figure in result["figures"]:
+        assert figure["median"] > 0
+        assert (figure["parity"]["violations"], figure["parity"]["unreadable"]) == (0, 0), figure["name"]
+    assert set(result["ratios"]) == set(names[1:])
