@@ -1,8 +1,8 @@
 """Random adapters for the benchmark: rank 16, every linear, the same bytes on every machine.
 
 The base is only looked at (its config, on the meta device); the adapters are real PEFT directories, so the server
-and its peers read the same files. Their effect is small enough that the model keeps its preferences, and large enough
-that every adapter answers differently.
+and its peers read the same files. Their effect is as large as the base's own layers have, so that an answer of the wrong
+adapter, or of none, is off by several logits and the parity check cannot miss it.
 
     python -m loadtests.adapters DIRECTORY    # write them and print how to serve them
 """
@@ -23,7 +23,7 @@ from loramux_server.base.demo import ensure_demo_model
 
 RANK = 16
 COUNT = 8
-_STRENGTH = 0.05  # size of an adapter's contribution beside its input; the base's own is of order 1
+_STRENGTH = 0.8  # size of an adapter's output relative to its input
 
 
 @dataclass(frozen=True)

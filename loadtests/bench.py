@@ -24,7 +24,7 @@ from rich.console import Console
 from loadtests import BenchError
 from loadtests.adapters import BenchAdapter, model_directory, write_adapters
 from loadtests.contestants import Answer, Contestant, Ours, Peer, Turn
-from loadtests.parity import TOLERANCES, Parity, StreamCheck, TokenNames, summarize
+from loadtests.parity import TOLERANCES, Parity, StreamCheck, Tokens, summarize
 from loadtests.peers import REFERENCE_MODULE, PeerProcess
 from loadtests.report import Figure, Result, print_result, save, usable_cores, write_json
 from loadtests.scenarios import HELP, OURS, OURS_BASE, READY, SCENARIOS, Scenario
@@ -50,15 +50,8 @@ class Bench:
         return write_adapters(self.model, self._directory / "adapters")
 
     @cached_property
-    def tokens(self) -> TokenNames:
-        return TokenNames(self.model)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.model, local_files_only=True)
-        return int(config.get_text_config().vocab_size)
+    def tokens(self) -> Tokens:
+        return Tokens(self.model)
 
     @cached_property
     def url(self) -> str:
@@ -99,7 +92,7 @@ class Bench:
         return Result(scenario, settings, figures)
 
     def _contestants(self, scenario: Scenario, base: str, process: PeerProcess) -> list[Contestant]:
-        requests = scenario.requests([adapter.name for adapter in self.adapters], self.vocab_size)
+        requests = scenario.requests([adapter.name for adapter in self.adapters], self.tokens.encode)
         figure = scenario.figure
         contestants: list[Contestant] = [Ours(OURS, self.url, base, requests, figure, self.tokens)]
         if scenario.base_too:

@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from typing import Protocol
 
 from loadtests.client import Load, Request, Stream, run_load
-from loadtests.parity import TokenNames
+from loadtests.parity import Tokens
 from loadtests.peers import PEERS, PeerProcess
 
 # A request and its answer; None if the answer's tokens cannot be read from what came back.
@@ -56,7 +56,7 @@ class Ours:
     """
 
     def __init__(
-        self, name: str, url: str, base: str, requests: Sequence[Request], figure: str, tokens: TokenNames
+        self, name: str, url: str, base: str, requests: Sequence[Request], figure: str, tokens: Tokens
     ) -> None:
         self.name = name
         self.note = "over HTTP, streamed"

@@ -5,12 +5,12 @@ A scenario is only a description; bench.py runs it. Goals are printed beside the
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from loadtests.client import Request
+from loadtests.prompts import Encode, make_prompts
 
 OURS = "loramux"
 OURS_BASE = "loramux, base only"
@@ -63,20 +63,13 @@ class Scenario:
         sizes = f"{changed.streams} streams, {changed.prompt_tokens} + {changed.new_tokens} tokens"
         return replace(changed, summary=f"{self.summary}; resized to {sizes}", goals=())
 
-    def requests(self, adapters: Sequence[str], vocab_size: int) -> list[Request]:
-        """Random prompts, different in every stream and the same in every call; adapters take turns.
-
-        Token ids start at an eighth of the vocabulary: special tokens come first in most.
-        """
-        rng = random.Random(f"loramux {self.prompt_tokens}")
+    def requests(self, adapters: Sequence[str], encode: Encode) -> list[Request]:
+        """The same in every call; adapters take turns."""
         names: Sequence[str | None] = adapters[: self.adapters] or [None]
+        prompts = make_prompts(encode, self.streams, self.prompt_tokens)
         return [
-            Request(
-                [rng.randrange(vocab_size // 8, vocab_size) for _ in range(self.prompt_tokens)],
-                names[index % len(names)],
-                self.new_tokens,
-            )
-            for index in range(self.streams)
+            Request(prompt, names[index % len(names)], self.new_tokens)
+            for index, prompt in enumerate(prompts)
         ]
 
 

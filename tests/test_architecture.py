@@ -25,6 +25,9 @@ MAX_FUNCTION_LINES = 60
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 
 TORCH_FREE = [
+    "loramux_server.cli",  # --help is immediate
+    "loramux_server.config",
+    "loramux_server.base.location",
     *(
         f"loramux_server.engine.{name}"
         for name in (
@@ -191,6 +194,7 @@ def test_functions_stay_short() -> None:
         for module in modules().values()
         for node in ast.walk(module.tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION_LINES
+        # from the first statement on: the parameters of a command are its documentation
+        and (length := (node.end_lineno or 0) - node.body[0].lineno + 1) > MAX_FUNCTION_LINES
     }
     assert long == {}

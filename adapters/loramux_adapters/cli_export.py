@@ -25,13 +25,40 @@ NOT_PROVEN_EXIT = 3
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 _TITLES = {"merge": "Merging", "verify": "Verifying", "noise": "Measuring the server's own rounding"}
 
-ResolveModel = Callable[[str], Path]
+ResolveModel = Callable[[str], tuple[Path, str]]
+"""What --model says -> the directory, and the base's name for people (empty: the directory's)."""
+
+Model = Annotated[str, typer.Option(help="Base model: a directory, a hub id, or demo.")]
+Adapters = Annotated[
+    list[str], typer.Option(help="Adapter directory, or DIRECTORY=WEIGHT; repeat to add several.")
+]
+Out = Annotated[Path, typer.Option(help="Directory to create.")]
+Stored = Annotated[str, typer.Option(help="bf16, fp16, fp32 or nf4.")]
+MergedOnto = Annotated[
+    str, typer.Option(help="dequantized (as served) or original (the checkpoint's own weights).")
+]
+Served = Annotated[str, typer.Option(help="Compute dtype of the server: auto, bf16, fp16 or fp32.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")]
+Prompts = Annotated[
+    int | None,
+    typer.Option(help="Prompts to compare with the served model on; 0 for none.", show_default="all"),
+]
+PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt at most.")]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="Prompts to use instead of the built-in ones, one a line.")
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Also measure a merge onto the other base.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make no allowance for the server's own rounding.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an export that was stopped.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def register(app: typer.Typer, demo: Callable[[], Path]) -> None:
-    """Add `export` and its alias `merge` to an app. `demo` finds or makes the embedded model's directory."""
+def register(app: typer.Typer, demo: Callable[[], tuple[Path, str]]) -> None:
+    """Add `export` and its alias `merge` to an app. `demo` gives the embedded model's directory and hub id."""
 
-    def resolve(model: str) -> Path:
+    def resolve(model: str) -> tuple[Path, str]:
         return demo() if model == "demo" else local_or_hub(model)
 
     command = export_command(resolve)
@@ -39,18 +66,18 @@ def register(app: typer.Typer, demo: Callable[[], Path]) -> None:
     app.command("merge", hidden=True)(command)
 
 
-def local_or_hub(model: str) -> Path:
+def local_or_hub(model: str) -> tuple[Path, str]:
     """A directory as it is; anything else is a hub id, downloaded (or found in its cache) without pickles."""
     path = Path(model)
     if path.exists():
-        return path
+        return path, ""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from loramux_adapters.errors import BaseModelError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES)), model
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
@@ -62,74 +89,55 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
     """The command function, with typer's annotations, over a way to find models."""
 
     def export(
-        model: Annotated[str, typer.Option(help="Base model: a directory, a hub id, or demo.")],
-        adapter: Annotated[
-            list[str], typer.Option(help="Adapter directory, or DIRECTORY=WEIGHT; repeat to add several.")
-        ],
-        out: Annotated[Path, typer.Option(help="Directory to create.")],
-        format: Annotated[str, typer.Option(help="bf16, fp16, fp32 or nf4.")] = "bf16",
-        onto: Annotated[
-            str, typer.Option(help="dequantized (as served) or original (the checkpoint's own weights).")
-        ] = "dequantized",
-        served_dtype: Annotated[
-            str, typer.Option(help="Compute dtype of the server: auto, bf16, fp16 or fp32.")
-        ] = "auto",
-        shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")] = "5GB",
-        verify: Annotated[
-            int, typer.Option(help="Prompts to compare with the served model on; 0 for none.")
-        ] = 8,
-        verify_tokens: Annotated[int, typer.Option(help="Tokens of each prompt at most.")] = 160,
-        verify_file: Annotated[
-            Path | None, typer.Option(help="Prompts to use instead of the built-in ones, one a line.")
-        ] = None,
-        compare: Annotated[
-            bool, typer.Option("--compare", help="Also measure a merge onto the other base.")
-        ] = False,
-        strict: Annotated[
-            bool, typer.Option("--strict", help="Make no allowance for the server's own rounding.")
-        ] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
-        resume: Annotated[
-            bool, typer.Option("--resume", help="Continue an export that was stopped.")
-        ] = False,
-        quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+        model: Model,
+        adapter: Adapters,
+        out: Out,
+        format: Stored = "bf16",
+        onto: MergedOnto = "dequantized",
+        served_dtype: Served = "auto",
+        shard_size: ShardSize = "5GB",
+        verify: Prompts = None,
+        verify_tokens: PromptTokens = 160,
+        verify_file: PromptFile = None,
+        compare: Compare = False,
+        strict: Strict = False,
+        dry_run: DryRun = False,
+        resume: Resume = False,
+        quiet: Quiet = False,
+        as_json: AsJson = False,
     ) -> None:
         """Merge adapters into their base: a checkpoint that is checked to be the model that was served."""
         with _exit_codes(as_json):
-            from loramux_adapters.export import ExportOptions, VerifyOptions, WeightedAdapter, plan_export
-            from loramux_adapters.export.options import (
-                parse_format,
-                parse_onto,
-                parse_served_dtype,
-                parse_size,
-                read_prompts,
-            )
+            from loramux_adapters.export import ExportOptions, VerifyOptions, WeightedAdapter
+            from loramux_adapters.export import options as words
 
+            texts = words.read_prompts(verify_file)
+            prompts = verify if verify is not None else len(texts) or words.BUILT_IN_PROMPTS
+            directory, name = resolve(model)
             options = ExportOptions(
-                model=resolve(model),
+                model=directory,
                 adapters=tuple(WeightedAdapter.parse(text) for text in adapter),
                 out=out,
-                name="" if model == "demo" or Path(model).exists() else model,
-                format=parse_format(format),
-                onto=parse_onto(onto),
-                served_dtype=parse_served_dtype(served_dtype),
-                shard_bytes=parse_size(shard_size),
-                verify=VerifyOptions(
-                    prompts=verify,
-                    tokens=verify_tokens,
-                    texts=read_prompts(verify_file),
-                    compare=compare,
-                    strict=strict,
-                ),
+                name=name,
+                format=words.parse_format(format),
+                onto=words.parse_onto(onto),
+                served_dtype=words.parse_served_dtype(served_dtype),
+                shard_bytes=words.parse_size(shard_size),
+                verify=VerifyOptions(prompts, verify_tokens, texts, compare=compare, strict=strict),
             )
-            plan = plan_export(options)
-            if dry_run:
-                _show_plan(plan, as_json=as_json)
-            else:
-                _run(plan, resume=resume, quiet=quiet, as_json=as_json)
+            _carry_out(options, dry_run=dry_run, resume=resume, quiet=quiet, as_json=as_json)
 
     return export
+
+
+def _carry_out(options: ExportOptions, *, dry_run: bool, resume: bool, quiet: bool, as_json: bool) -> None:
+    from loramux_adapters.export import plan_export
+
+    plan = plan_export(options)
+    if dry_run:
+        _show_plan(plan, as_json=as_json)
+    else:
+        _run(plan, resume=resume, quiet=quiet, as_json=as_json)
 
 
 def _run(plan: ExportPlan, *, resume: bool, quiet: bool, as_json: bool) -> None:

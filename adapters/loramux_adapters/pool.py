@@ -43,9 +43,9 @@ class DevicePool:
         self._b = {
             n: zeros_on_demand((rows, layer.out_features), dtype, device) for n, layer in layers.items()
         }
-        self.row_bytes = sum(
-            layer.in_features + layer.out_features for layer in layers.values()
-        ) * dtype.itemsize
+        self.row_bytes = (
+            sum(layer.in_features + layer.out_features for layer in layers.values()) * dtype.itemsize
+        )
         self._key: tuple[tuple[str, int], ...] = ()
         self._steady = 0
         self._start = 0

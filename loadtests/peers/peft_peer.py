@@ -43,11 +43,12 @@ class PeftPeer:
         base.generation_config.pad_token_id = 0
         self._adapters = list(adapters)
         self._model: Any = base
+        load: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for name, path in adapters.items():
             if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, name, autocast_adapter_dtype=False)
+                self._model.load_adapter(path, name, **load)
             else:
-                self._model = PeftModel.from_pretrained(base, path, name, autocast_adapter_dtype=False)
+                self._model = PeftModel.from_pretrained(base, path, name, **load)
         self._cast(self.dtype)
         self._model.to(self.device).eval().requires_grad_(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -25,21 +26,31 @@ def ask_models(
             "temperature": temperature,
             "messages": [{"role": "user", "content": question}],
         }
-        request = urllib.request.Request(
-            f"{url.rstrip('/')}/v1/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
-        )
         try:
+            request = urllib.request.Request(
+                f"{url.rstrip('/')}/v1/chat/completions",
+                data=json.dumps(body).encode(),
+                headers={"content-type": "application/json"},
+            )
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 answer: str = json.load(response)["choices"][0]["message"]["content"]
                 return answer
         except urllib.error.HTTPError as error:
-            raise RequestError(json.load(error)["error"]["message"]) from error
-        except urllib.error.URLError as error:
+            raise RequestError(_sentence(error, url)) from error
+        except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
             raise EngineError(
-                f"no server answers at {url}: {error.reason}; start one with loramux serve"
+                f"no server answers at {url}: {reason}; start one with loramux serve"
             ) from error
 
     with ThreadPoolExecutor(max_workers=len(models)) as pool:
         yield from zip(models, pool.map(ask, models), strict=True)
+
+
+def _sentence(error: urllib.error.HTTPError, url: str) -> str:
+    """The server's own, or the status where something else answers at that address."""
+    try:
+        message: str = json.load(error)["error"]["message"]
+        return message
+    except (ValueError, LookupError, TypeError):
+        return f"{url} answers {error.code} {error.reason}; is that a loramux server?"

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -32,7 +32,7 @@ from loramux_adapters.files import storage_error
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry
 from loramux_adapters.registry_db import State
 from loramux_adapters.sources import Staged, clean_staging
-from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.spec import AdapterSpec, BaseGeometry
 from loramux_adapters.store import GenerationStore, Manifest
 from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import Ready, StepOutput
@@ -85,6 +85,7 @@ class AdapterCatalog:
         self.engine = engine
         self.metrics = metrics
         self.geometry = geometry_of(engine.ready)
+        self._base_names = tuple(reserved)
         self.limits = GateLimits(max_rank=max_lora_rank, max_file_bytes=max_file_bytes)
         root = data_dir / "bases" / (self.geometry.identity[:16] or "unknown")
         self.staging = root / "staging"
@@ -231,7 +232,13 @@ class AdapterCatalog:
                 default_sampling=options.default_sampling,
             )
         self.manifest(generation)
-        return Published(record, weights.spec.warnings(self.geometry))
+        return Published(record, self._warnings(weights.spec))
+
+    def _warnings(self, spec: AdapterSpec) -> tuple[str, ...]:
+        """None if the adapter was trained on a base of any of this one's names."""
+        known = (self.geometry, *(replace(self.geometry, name=name) for name in self._base_names))
+        warnings = [spec.warnings(geometry) for geometry in known]
+        return warnings[0] if all(warnings) else ()
 
     def _check_free(self, name: str, generation: str) -> None:
         """`put` decides; this spares writing what it would refuse."""

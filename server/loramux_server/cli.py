@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from loramux_adapters import cli_verify
+from loramux_server.cli_adapters import adapters_app
 
 app = typer.Typer(
     name="loramux",
@@ -69,6 +70,7 @@ def _base_to_verify(model: str, device: str, dtype: str) -> cli_verify.VerifyBas
 
 
 cli_verify.register(app, _base_to_verify)
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.command()

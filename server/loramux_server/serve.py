@@ -24,6 +24,7 @@ from loramux_adapters.errors import BaseModelError, ConfigError
 from loramux_server.api.app import ApiSettings, create_app
 from loramux_server.banner import banner
 from loramux_server.base.demo import ensure_demo_model
+from loramux_server.base.location import check_location
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.config import ServeConfig
 from loramux_server.engine.client import WorkerClient
@@ -50,8 +51,12 @@ def run(config: ServeConfig) -> None:
     for noisy in ("httpx", "httpx2", "watchfiles", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     listener = _take_port(config.host, config.port)
-    model = str(ensure_demo_model()) if config.is_demo else config.model
     with contextlib.closing(listener):
+        if config.is_demo:
+            model = str(ensure_demo_model())
+        else:
+            model = config.model
+            check_location(model)
         uvicorn_loop = uvicorn.Config("", loop="auto").get_loop_factory()
         with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
             runner.run(_serve(config, model, listener))
@@ -64,13 +69,12 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     catalog: AdapterCatalog | None = None
+    started = asyncio.create_task(client.start())
+    stopped = asyncio.create_task(stop.wait())
     try:
-        started = asyncio.create_task(client.start())
-        stopped = asyncio.create_task(stop.wait())
         tokenizer, template = await asyncio.to_thread(_read_tokenizer, config, model)
         await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if stop.is_set():
-            started.cancel()
             return
         ready = started.result()
         catalog = AdapterCatalog(
@@ -106,10 +110,13 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
             keeping.append(asyncio.create_task(folders.watch()))
         names = [record.name for record in catalog.registry.list()]
         await _listen(app, config, client, listener, stop, names)
-        for task in keeping:
-            task.cancel()
+        for keeper in keeping:
+            keeper.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
     finally:
+        for task in (started, stopped):
+            task.cancel()
+        await asyncio.gather(started, stopped, return_exceptions=True)
         await client.close()
         if catalog is not None:
             catalog.close()
@@ -152,8 +159,11 @@ def _take_port(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        with contextlib.ExitStack() as unless_bound:
+            unless_bound.callback(listener.close)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            unless_bound.pop_all()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(

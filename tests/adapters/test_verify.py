@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_are_named(base: ResidentBase) -> None:
     report = verify(base, weights)
     assert report.verdict == "not_finite"
     assert report.weights.nonfinite_modules == ("model.layers.1.mlp.down_proj",)
-    assert report.reason == "1 modules hold inf or nan, the first is model.layers.1.mlp.down_proj"
+    assert report.reason == "inf or nan in 1 of 9 modules, the first is model.layers.1.mlp.down_proj"
     json.dumps(report.to_json(), allow_nan=False)
 
 

@@ -82,12 +82,12 @@ def make_stand(
 ) -> CatalogStand:
     engine = TinyEngine(tokenizer, geometry=geometry)
     metrics = Metrics(max_loras=4)
-    catalog = AdapterCatalog(root / "data", engine, metrics, reserved=("tiny",), max_lora_rank=16)
+    catalog = AdapterCatalog(root / "data", engine, metrics, reserved=("tiny", "gpt-4"), max_lora_rank=16)
     app = create_app(
         engine=engine,
         adapters=catalog.registry,
         tokenizer=tokenizer,
-        settings=ApiSettings(served_model_names=("tiny",), version="9.9", adapter_roots=roots),
+        settings=ApiSettings(served_model_names=("tiny", "gpt-4"), version="9.9", adapter_roots=roots),
         metrics=metrics,
         catalog=catalog,
     )

@@ -101,6 +101,9 @@ async def test_another_base_by_name_is_a_warning(stand: CatalogStand, files: Fil
     [warning] = response.json()["warnings"]
     assert '"org/other"' in warning
     assert '"org/tiny"' in warning
+    alias = json.loads(files[CONFIG_FILE]) | {"base_model_name_or_path": "somebody/GPT-4"}
+    response = await stand.upload("even", files | {CONFIG_FILE: json.dumps(alias).encode()})
+    assert response.json()["warnings"] == []
 
 
 async def test_a_taken_name_needs_overwrite(stand: CatalogStand, make_files: Callable[[int], Files]) -> None:

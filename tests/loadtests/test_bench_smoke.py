@@ -18,7 +18,7 @@ from loadtests import BenchError, bench
 from loadtests.adapters import write_adapters
 from loadtests.client import Load, Request, Stream, run_load
 from loadtests.contestants import Turn
-from loadtests.parity import StreamCheck, TokenNames, summarize
+from loadtests.parity import StreamCheck, Tokens, summarize
 from loadtests.report import Figure, Result, Spread, print_result, ratio, save
 from loadtests.scenarios import OURS, SCENARIOS, Goal, Scenario
 from loadtests.server import base_name
@@ -219,16 +219,19 @@ def test_contestants_take_turns() -> None:
 
 
 def test_requests_are_fixed_by_the_scenario() -> None:
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
     mixed = SCENARIOS["mixed"]
     names = [f"bench-{i}" for i in range(8)]
-    requests = mixed.requests(names, 49152)
+    requests = mixed.requests(names, encode)
     assert len(requests) == 32
     assert {request.adapter for request in requests[:8]} == set(names)
     assert {len(request.prompt) for request in requests} == {128}
     assert len({tuple(request.prompt) for request in requests}) == 32
-    assert requests == mixed.requests(names, 49152)
-    assert [r.prompt for r in SCENARIOS["base-32"].requests(names, 49152)] == [r.prompt for r in requests]
-    assert all(request.adapter is None for request in SCENARIOS["base-32"].requests(names, 49152))
+    assert requests == mixed.requests(names, encode)
+    assert [r.prompt for r in SCENARIOS["base-32"].requests(names, encode)] == [r.prompt for r in requests]
+    assert all(request.adapter is None for request in SCENARIOS["base-32"].requests(names, encode))
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +261,7 @@ def add_tokenizer(model: Path, directory: Path) -> Path:
 
 
 def test_token_names_lead_back_to_ids(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    names = TokenNames(add_tokenizer(tiny_model("llama"), tmp_path / "model"))
+    names = Tokens(add_tokenizer(tiny_model("llama"), tmp_path / "model"))
     assert names.ids(["filler300", "filler319"]) == [300, 319]
     assert names.ids(["filler300", "unknown"]) is None
 

@@ -100,8 +100,8 @@ def _build(steps: _Steps, plan: ExportPlan) -> tuple[dict[str, Any], Proof | Non
     report = write_report(partial, Facts(plan, shards, identity, proof))
     if proof is not None and proof.failures:
         raise ExportError(
-            f"the export is not equal to the served model: {'; '.join(proof.failures)}; it is kept as "
-            f"{partial}",
+            f"the export is not equal to the served model: {'; '.join(proof.failures)}; it is kept as {partial}, and "
+            "--format fp32 would be closer",
             code=NOT_PROVEN,
         )
     return report, proof

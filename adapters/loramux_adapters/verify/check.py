@@ -143,8 +143,8 @@ def verification_steps(
 def _judge_files(facts: WeightFacts) -> _Finding | None:
     """A verdict that needs no model, or None."""
     if facts.nonfinite_modules:
-        first, count = facts.nonfinite_modules[0], len(facts.nonfinite_modules)
-        return _Finding("not_finite", f"{count} modules hold inf or nan, the first is {first}")
+        bad, whole = facts.nonfinite_modules, len(facts.modules) + len(facts.nonfinite_modules)
+        return _Finding("not_finite", f"inf or nan in {len(bad)} of {whole} modules, the first is {bad[0]}")
     if len(facts.zero_modules) == len(facts.modules):
         return _Finding("noop", "the adapter changes nothing: every lora_B is zero")
     if not any(module.delta_norm for module in facts.modules):

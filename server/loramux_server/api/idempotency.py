@@ -34,6 +34,10 @@ class _Entry:
     answer: asyncio.Future[bytes]
     since: float
 
+    @property
+    def is_old(self) -> bool:
+        return self.answer.done() and time.monotonic() - self.since > KEEP_S
+
 
 class Idempotency:
     """The answers given lately, by key. For one event loop."""
@@ -46,12 +50,12 @@ class Idempotency:
         """What `work` answers, or answered to an equal request with this key. `digest` stands for the content."""
         if key is None:
             return await work()
-        self._forget_old()
         entry = self._entries.get(key)
-        if entry is not None:
+        if entry is not None and not entry.is_old:
             if entry.digest != digest:
                 raise KeyReused("the Idempotency-Key was used with another request; choose a new key")
             return await asyncio.shield(entry.answer)
+        self._make_room()
         entry = _Entry(digest, asyncio.get_running_loop().create_future(), time.monotonic())
         self._entries[key] = entry
         try:
@@ -65,11 +69,10 @@ class Idempotency:
         entry.answer.set_result(answer)
         return answer
 
-    def _forget_old(self) -> None:
-        """Oldest first; one that is being answered stays, and there are never many of those."""
+    def _make_room(self) -> None:
+        """Forget what is old, then the oldest; one that is being answered stays, and there are never many of those."""
         for key, entry in list(self._entries.items()):
-            is_old = time.monotonic() - entry.since > KEEP_S
-            if not (is_old or len(self._entries) >= self._max_keys):
+            if not (entry.is_old or len(self._entries) >= self._max_keys):
                 break
             if entry.answer.done():
                 del self._entries[key]

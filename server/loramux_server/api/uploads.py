@@ -67,8 +67,9 @@ async def receive_upload(
         directory = await asyncio.to_thread(new_staging_directory, staging)
     except OSError as error:
         raise storage_error("the upload cannot be stored", error) from error
-    parts = _Parts(boundary, directory, limits)
+    parts: _Parts | None = None
     try:
+        parts = _Parts(boundary, directory, limits)
         batch = bytearray()
         received = 0
         chunks = request.stream()
@@ -82,7 +83,8 @@ async def receive_upload(
                 batch.clear()
         yield await asyncio.to_thread(parts.finish, bytes(batch))
     finally:
-        parts.close()
+        if parts is not None:
+            parts.close()
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 

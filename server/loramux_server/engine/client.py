@@ -29,6 +29,7 @@ from loramux_server.engine.messages import (
     AddRequest,
     Command,
     EngineStats,
+    Event,
     Fatal,
     PinAdapters,
     Ready,
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
 _STOP_WAIT_S = 10.0
+_LAST_WORDS_S = 0.3  # a worker's last message may be read after its end is noticed
 # GNU OpenMP's threads spin at every barrier. When another process wants a core, spinning keeps it from the very thread
 # that is waited for: on two busy cores a short spin decodes 2.4 times as fast, on idle ones it makes no difference.
 _THREADING = {"GOMP_SPINCOUNT": "2000"}
@@ -60,6 +62,7 @@ class WorkerClient:
         self._state: EngineState = "starting"
         self._ready: Ready | None = None
         self._stats: EngineStats | None = None
+        self._draining = False
         self._failure = ""
         self._restarts = 0
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
@@ -103,7 +106,8 @@ class WorkerClient:
     async def pin(self, adapters: Sequence[AdapterRef]) -> None:
         self._pinned = list(adapters)
         if self._state in ("ready", "draining"):
-            await self._send(PinAdapters(self._pinned))
+            with contextlib.suppress(EngineError):  # the next worker is told when it is ready
+                await self._send(PinAdapters(self._pinned))
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
@@ -124,20 +128,23 @@ class WorkerClient:
         finally:
             self._streams.pop(request_id, None)
             if not finished and self._state in ("ready", "draining"):
-                await self._send(AbortRequest(request_id))
+                with contextlib.suppress(EngineError):
+                    await self._send(AbortRequest(request_id))
 
     # --- life and death ----------------------------------------------------------------------------------------------
 
     async def start(self) -> Ready:
         """Start the worker and wait until the base is resident. Raises BaseModelError if it cannot be."""
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._socket.set_hwm(0)  # `max_queued` is the bound; a send fails only if no worker is there
         self._socket.bind(self._options.address)
         ready = await self._launch()
         self._supervisor = asyncio.create_task(self._supervise())
         return ready
 
     def drain(self) -> None:
-        """Accept nothing new; what runs goes on."""
+        """Accept nothing new, after a restart neither; what runs goes on."""
+        self._draining = True
         self._state = "draining"
 
     async def wait_idle(self, timeout: float) -> bool:
@@ -148,7 +155,8 @@ class WorkerClient:
         return not self._streams
 
     async def close(self) -> None:
-        """Stop the worker; requests still in flight end with an error output."""
+        """Stop the worker, at once if it is still loading; requests in flight end with an error output."""
+        serving = self._state in ("ready", "draining")
         self._state = "dead"
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -157,10 +165,11 @@ class WorkerClient:
         self._fail_streams("the server is shutting down")
         process = self._process
         if process is not None and process.returncode is None:
-            await self._send(Shutdown())
-            try:
-                await asyncio.wait_for(process.wait(), _STOP_WAIT_S)
-            except TimeoutError:
+            if serving:
+                with contextlib.suppress(EngineError, TimeoutError):
+                    await self._send(Shutdown())
+                    await asyncio.wait_for(process.wait(), _STOP_WAIT_S)
+            if process.returncode is None:
                 process.kill()
                 await process.wait()
         if self._socket is not None:
@@ -181,18 +190,15 @@ class WorkerClient:
         exited = asyncio.create_task(self._process.wait())
         try:
             while True:
-                received = asyncio.create_task(self._receive())
-                await asyncio.wait({exited, received}, return_when=asyncio.FIRST_COMPLETED)
-                if not received.done():
-                    received.cancel()
+                event = await self._next_event(exited)
+                if event is None:
                     raise BaseModelError(f"the worker ended while loading, with exit code {exited.result()}")
-                event = received.result()
                 if isinstance(event, Fatal):
                     raise BaseModelError(event.message)
                 if isinstance(event, Ready):
                     self._ready = event
                     self._stats = None
-                    self._state = "ready"
+                    self._state = "draining" if self._draining else "ready"
                     if self._pinned:
                         await self._send(PinAdapters(self._pinned))
                     return event
@@ -219,19 +225,13 @@ class WorkerClient:
             try:
                 await self._launch()
                 return
-            except BaseModelError as error:
-                logger.error("the worker did not come back: %s", error.message)
+            except (BaseModelError, OSError) as error:
+                logger.error("the worker did not come back: %s", error)
 
     async def _serve(self) -> None:
         assert self._process is not None
         exited = asyncio.create_task(self._process.wait())
-        while True:
-            received = asyncio.create_task(self._receive())
-            done, _ = await asyncio.wait({exited, received}, return_when=asyncio.FIRST_COMPLETED)
-            if received not in done:
-                received.cancel()
-                return
-            event = received.result()
+        while (event := await self._next_event(exited)) is not None:
             if isinstance(event, StepOutput):
                 self._dispatch(event)
             elif isinstance(event, Fatal):
@@ -253,11 +253,26 @@ class WorkerClient:
             )
             stream.put_nowait(failed)
 
-    async def _receive(self) -> StepOutput | Ready | Fatal:
+    async def _next_event(self, exited: asyncio.Task[int]) -> Event | None:
+        """The worker's next message; None when it has ended and all it said has been read."""
+        received = asyncio.create_task(self._receive())
+        try:
+            await asyncio.wait({exited, received}, return_when=asyncio.FIRST_COMPLETED)
+            if not received.done():
+                await asyncio.wait({received}, timeout=_LAST_WORDS_S)
+            return received.result() if received.done() else None
+        finally:
+            received.cancel()
+
+    async def _receive(self) -> Event:
         assert self._socket is not None
-        event: StepOutput | Ready | Fatal = EVENT_DECODER.decode(await self._socket.recv())
+        event: Event = EVENT_DECODER.decode(await self._socket.recv())
         return event
 
     async def _send(self, command: Command) -> None:
+        """Raises EngineError if there is no worker at the other end (its end is noticed in a moment)."""
         assert self._socket is not None
-        await self._socket.send(COMMAND_ENCODER.encode(command))
+        try:
+            await self._socket.send(COMMAND_ENCODER.encode(command), flags=zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise EngineError("the engine is restarting; try again shortly") from error

@@ -184,9 +184,8 @@ def main() -> int:
     except (RuntimeError, MemoryError) as error:
         # Of a CUDA error nothing on this device can be trusted any more: say so and let the front start another worker.
         logger.exception("the worker cannot go on")
-        socket.send(
-            EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"))
-        )
+        reason = str(error).partition("\n")[0][:300]
+        socket.send(EVENT_ENCODER.encode(Fatal(f"{type(error).__name__}: {reason}")))
         return 1
     finally:
         if engine is not None:

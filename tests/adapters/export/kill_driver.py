@@ -1,7 +1,7 @@
 """Kill exports at random points and resume them: `python kill_driver.py WORK KILLS SEED`.
 
-Everything is imported once, on one thread; each export runs in a fork. Prints one line of JSON: how many kills hit a running export, in
-which states, and every file that differs from the uninterrupted export (which must be none).
+Everything is imported once, on one thread; each export runs in a fork. Prints one line of JSON: how many kills hit a
+running export, how many shards were kept, and every file that differs from the uninterrupted export (there must be none).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from loramux_adapters.export.sources import ServedSource
 @pytest.fixture
 def export(bases: Callable[[str], Path]) -> Callable[..., Result]:
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    register(app, lambda: bases("llama"))
+    register(app, lambda: (bases("llama"), "org/tiny"))
 
     def invoke(command: str, *arguments: object) -> Result:
         return CliRunner().invoke(app, [command, *map(str, arguments)])
@@ -31,6 +31,7 @@ def test_dry_run_writes_nothing(export: Callable[..., Result], adapter: Path, tm
     out = tmp_path / "merged"
     result = export("export", "--model", "demo", "--adapter", f"{adapter}=0.5", "--out", out, "--dry-run")
     assert result.exit_code == 0
+    assert "base       org/tiny" in result.stdout
     assert "plain x 0.5 (rank 8, 14 modules)" in result.stdout
     assert "6 copied, 14 merged" in result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -95,7 +96,7 @@ def test_prompts_from_a_file(export: Callable[..., Result], adapter: Path, tmp_p
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The gulls knew first.\n\nThey left at noon.\n")
     arguments = ("--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged", "--json")
-    result = export("export", *arguments, "--verify-file", prompts, "--verify", 2)
+    result = export("export", *arguments, "--verify-file", prompts)
     verification = json.loads(result.stdout)["report"]["verification"]
     assert verification["tokens"] == "given texts"
     assert verification["export"]["positions"] == 21 + 18
@@ -104,3 +105,9 @@ def test_prompts_from_a_file(export: Callable[..., Result], adapter: Path, tmp_p
 def test_help_needs_nothing_heavy() -> None:
     check = "import sys, loramux_adapters.cli_export; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+def test_no_such_model(export: Callable[..., Result], adapter: Path, tmp_path: Path) -> None:
+    result = export("export", "--model", "not a model", "--adapter", adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 1
+    assert "--model not a model: neither a directory nor a model the hub gives" in result.stderr
