@@ -7,6 +7,7 @@ contestant's answers are held against the reference. Prints figures and ratios, 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -226,4 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as an exception, so that what was started is stopped
     sys.exit(main())

@@ -123,6 +123,7 @@ def test_a_removed_folder_removes_its_name(house: House) -> None:
     shutil.rmtree(folder)
     assert house.scan() == {"removed": ["one"]}
     assert list(house.served()) == ["two"]
+    assert list(house.registry.scanned()) == [str(house.folder / "two")]
     house.add("one")
     assert house.scan() == {"added": ["one"]}
 
@@ -144,6 +145,19 @@ def test_a_bad_adapter_is_reported_once_and_harms_nobody(house: House) -> None:
     assert list(house.scanner.failures) == ["bad"]
     house.add("bad", 3)
     assert house.scan() == {"added": ["bad"]}
+    assert house.scanner.failures == {}
+
+
+def test_a_bad_adapter_is_read_once_and_forgotten_when_it_goes(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (house.add("bad") / CONFIG_FILE).write_text("{")
+    house.scan()
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraWeights, "read", None)
+        assert house.scan() == {}
+    shutil.rmtree(house.folder / "bad")
+    assert house.scan() == {}
     assert house.scanner.failures == {}
 
 
@@ -283,6 +297,7 @@ def test_a_directory_no_longer_configured_is_left_alone(house: House, tmp_path: 
     house.add("one", 1)
     house.scan()
     house.scanner = AdapterScanner(house.registry, house.store, house.geometry, [])
+    shutil.rmtree(house.folder)
     assert house.scan() == {}
     assert len(house.served()) == 1
 

@@ -135,6 +135,8 @@ def test_clean_staging(staging: Path) -> None:
         "https://a/b",
         "a/b",
         "hf://a/b@-x",
+        "hf://a/b@x/../y",
+        "hf://a/b..c",
     ],
 )
 def test_malformed_hub_references(reference: str, staging: Path) -> None:

@@ -226,10 +226,11 @@ FAKE = """
 FakeWorker = Callable[[str], WorkerClient]
 
 
-@pytest.fixture
-def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
+@pytest_asyncio.fixture(loop_scope="module")
+async def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[FakeWorker]:
     """A client whose worker runs the given lines; it is restarted without delay."""
     monkeypatch.setattr(client_module, "_RESTART_DELAY_S", (0.0,))
+    made: list[WorkerClient] = []
 
     def make(lines: str) -> WorkerClient:
         script = tmp_path / "worker.py"
@@ -240,9 +241,12 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWorker:
             "create_subprocess_exec",
             lambda executable, *_, **pipes: real(executable, str(script), **pipes),
         )
-        return WorkerClient(options(tmp_path))
+        made.append(WorkerClient(options(tmp_path)))
+        return made[-1]
 
-    return make
+    yield make
+    for client in made:
+        await client.close()
 
 
 async def test_why_the_base_did_not_load_is_told(fake_worker: FakeWorker) -> None:
@@ -250,19 +254,17 @@ async def test_why_the_base_did_not_load_is_told(fake_worker: FakeWorker) -> Non
     client = fake_worker("say(Fatal('the checkpoint is damaged'))\nsocket.close(linger=2000)\nsys.exit(1)")
     with pytest.raises(BaseModelError, match="the checkpoint is damaged"):
         await client.start()
-    await client.close()
 
 
 async def test_a_worker_that_dies_silently_while_loading(fake_worker: FakeWorker) -> None:
     client = fake_worker("sys.exit(7)")
     with pytest.raises(BaseModelError, match="ended while loading, with exit code 7"):
         await client.start()
-    await client.close()
 
 
 @pytest.mark.parametrize("connected", [True, False])
 async def test_closing_while_it_loads_does_not_wait(fake_worker: FakeWorker, connected: bool) -> None:
-    client = fake_worker("" if connected else "socket.close()\n" + "time.sleep(60)")
+    client = fake_worker(("" if connected else "socket.close()\n") + "time.sleep(60)")
     starting = asyncio.create_task(client.start())
     await until(lambda: client.worker_pid is not None)
     pid = client.worker_pid
@@ -296,7 +298,6 @@ async def test_a_request_sent_to_a_worker_that_just_died_is_not_sent_to_the_next
     await until(lambda: client.state == "ready")
     await asyncio.sleep(0.2)
     assert client._failure == ""
-    await client.close()
 
 
 async def test_without_a_worker_at_the_other_end_nothing_waits(fake_worker: FakeWorker) -> None:
@@ -321,7 +322,6 @@ async def test_without_a_worker_at_the_other_end_nothing_waits(fake_worker: Fake
     await client.pin([AdapterRef("0", "/a")])
     lost.cancel()
     await asyncio.gather(lost, return_exceptions=True)
-    await client.close()
 
 
 async def test_a_failing_device_is_named_in_every_stream(fake_worker: FakeWorker) -> None:
@@ -331,7 +331,6 @@ async def test_a_failing_device_is_named_in_every_stream(fake_worker: FakeWorker
     assert output.error == "the engine failed (CUDA error) and is restarting"
     await until(lambda: client.state == "ready")
     assert client.restarts == 1
-    await client.close()
 
 
 async def test_a_worker_that_does_not_come_back_at_first_is_tried_again(fake_worker: FakeWorker) -> None:
@@ -349,20 +348,19 @@ async def test_a_worker_that_does_not_come_back_at_first_is_tried_again(fake_wor
     assert output.finish == "error"
     await until(lambda: client.state == "ready")
     assert client.restarts == 3
-    await client.close()
 
 
 async def test_draining_outlives_a_restart(fake_worker: FakeWorker) -> None:
-    client = fake_worker("ready()\nhear()\nsys.exit(1)")
+    client = fake_worker("ready()\nhear()\ntime.sleep(0.3)\nsys.exit(1)")
     await client.start()
     unlucky = asyncio.ensure_future(collect(client, "unlucky"))
+    await until(lambda: client.in_flight == 1)
     client.drain()
     assert [output.finish for output in await unlucky if output.finish] == ["error"]
     await until(lambda: client.restarts == 1 and client.state == "draining")
     assert await client.wait_idle(1)
     with pytest.raises(EngineError, match="draining"):
         await collect(client, "late")
-    await client.close()
 
 
 async def test_what_is_pinned_is_told_to_the_next_worker_too(fake_worker: FakeWorker) -> None:
@@ -376,17 +374,17 @@ async def test_what_is_pinned_is_told_to_the_next_worker_too(fake_worker: FakeWo
     await client.start()
     await client.pin([AdapterRef("abc", "/a")])
     await until(lambda: client.restarts == 1 and client._failure == "heard PinAdapters ['abc']")
-    await client.close()
 
 
 async def test_a_worker_ends_with_its_parent(tiny_model: Callable[[str], Path]) -> None:
     """The front is killed, so that it cannot say goodbye; the worker must not keep the device."""
+    settings = msgspec.json.encode(options(tiny_model("llama")))
     front = f"""
         import asyncio, msgspec
         from loramux_server.engine.client import WorkerClient
         from loramux_server.engine.options import WorkerOptions
         async def main():
-            client = WorkerClient(msgspec.json.decode({msgspec.json.encode(options(tiny_model("llama")))!r}, type=WorkerOptions))
+            client = WorkerClient(msgspec.json.decode({settings!r}, type=WorkerOptions))
             starting = asyncio.create_task(client.start())
             while client.worker_pid is None:
                 await asyncio.sleep(0.01)
