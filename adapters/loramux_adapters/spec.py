@@ -36,6 +36,7 @@ class BaseGeometry:
     name: str  # as served
     identity: str  # quantization identity, "" if unknown
     linear_shapes: Mapping[str, tuple[int, int]]  # full module name -> (out_features, in_features)
+    aliases: tuple[str, ...] = ()  # what else it is called
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ class AdapterSpec:
     def warnings(self, geometry: BaseGeometry) -> tuple[str, ...]:
         """What a person should hear though it refuses nothing: the config names another base than ours."""
         trained_on = self.base_model_name_or_path
-        if trained_on is None or _short(trained_on) == _short(geometry.name):
+        names = {_short(name) for name in (geometry.name, *geometry.aliases)}
+        if trained_on is None or _short(trained_on) in names:
             return ()
         return (
             f"base_model_name_or_path is {shown(trained_on)}, but this server holds {shown(geometry.name)}",

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
@@ -32,7 +32,7 @@ from loramux_adapters.files import storage_error
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry
 from loramux_adapters.registry_db import State
 from loramux_adapters.sources import Staged, clean_staging
-from loramux_adapters.spec import AdapterSpec, BaseGeometry
+from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.store import GenerationStore, Manifest
 from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import Ready, StepOutput
@@ -45,8 +45,13 @@ MAX_GATES = 2  # adapters read into memory at once
 SWEEP_EVERY_S = 300.0
 
 
-def geometry_of(ready: Ready) -> BaseGeometry:
-    return BaseGeometry(name=ready.base_name, identity=ready.base_identity, linear_shapes=ready.linear_shapes)
+def geometry_of(ready: Ready, aliases: Collection[str] = ()) -> BaseGeometry:
+    return BaseGeometry(
+        name=ready.base_name,
+        identity=ready.base_identity,
+        linear_shapes=ready.linear_shapes,
+        aliases=tuple(aliases),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +89,7 @@ class AdapterCatalog:
         """`reserved` are the base's names. The engine's worker must be ready."""
         self.engine = engine
         self.metrics = metrics
-        self.geometry = geometry_of(engine.ready)
-        self._base_names = tuple(reserved)
+        self.geometry = geometry_of(engine.ready, reserved)
         self.limits = GateLimits(max_rank=max_lora_rank, max_file_bytes=max_file_bytes)
         root = data_dir / "bases" / (self.geometry.identity[:16] or "unknown")
         self.staging = root / "staging"
@@ -232,13 +236,7 @@ class AdapterCatalog:
                 default_sampling=options.default_sampling,
             )
         self.manifest(generation)
-        return Published(record, self._warnings(weights.spec))
-
-    def _warnings(self, spec: AdapterSpec) -> tuple[str, ...]:
-        """None if the adapter was trained on a base of any of this one's names."""
-        known = (self.geometry, *(replace(self.geometry, name=name) for name in self._base_names))
-        warnings = [spec.warnings(geometry) for geometry in known]
-        return warnings[0] if all(warnings) else ()
+        return Published(record, weights.spec.warnings(self.geometry))
 
     def _check_free(self, name: str, generation: str) -> None:
         """`put` decides; this spares writing what it would refuse."""

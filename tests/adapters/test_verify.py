@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from loramux_adapters.nf4 import NF4Linear
 from loramux_adapters.spec import ALL_LINEAR, AdapterSpec, BaseGeometry
 from loramux_adapters.verify import Probe, Progress, VerifyReport, verification_steps, verify_adapter
 from loramux_adapters.verify.served import ServedAdapter
+from loramux_adapters.verify.twin import twin_of
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
@@ -319,11 +321,27 @@ def test_a_broken_base_is_not_the_adapters_fault(base: ResidentBase, monkeypatch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_base_is_exactly_as_before(dtype: str, bases: Mapping[str, ResidentBase]) -> None:
     base = bases[dtype]
+    norm = base.model.get_submodule("model.norm").weight
+    norm.requires_grad_(True)  # PEFT freezes whatever it wraps
     random_numbers = torch.get_rng_state()
     before = state_of(base)
-    verify(base, make_weights(base.geometry, target_modules=(ALL_LINEAR,)))
-    assert torch.equal(torch.get_rng_state(), random_numbers)
-    assert state_of(base) == before
+    try:
+        verify(base, make_weights(base.geometry, target_modules=(ALL_LINEAR,)))
+        assert torch.equal(torch.get_rng_state(), random_numbers)
+        assert state_of(base) == before
+    finally:
+        norm.requires_grad_(False)
+
+
+def test_a_twin_copies_no_weight(base: ResidentBase) -> None:
+    def memory(model: torch.nn.Module) -> set[int]:
+        linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
+        held = [part for m in linears for part in m.quantized.canonical_parts()[:3]]
+        return {t.data_ptr() for t in (*held, *model.parameters(), *model.buffers())} | {
+            id(m._kernel) for m in linears
+        }
+
+    assert memory(twin_of(base.model)) == memory(base.model)
 
 
 def test_an_engine_goes_on_between_slices(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -434,6 +452,14 @@ def test_command_refuses_a_noop_with_exit_code_1(
     assert refused.exit_code == 1
     assert refused.stdout.splitlines()[-1] == "noop: the adapter changes nothing: every lora_B is zero"
     assert command(tmp_path, "--allow-noop").exit_code == 0
+
+
+def test_command_takes_an_archive(command: Callable[..., Any], base: ResidentBase, tmp_path: Path) -> None:
+    make_weights(base.geometry).write(tmp_path / "adapter")
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "adapter")
+    result = command(archive, "--json", "--prompts", 1)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["verdict"] == "ok"
 
 
 def test_command_errors_are_sentences(command: Callable[..., Any], tmp_path: Path) -> None:

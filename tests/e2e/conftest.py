@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import httpx
@@ -27,8 +28,9 @@ class Server:
     url: str
     log: Path
 
-    @property
+    @cached_property
     def openai(self) -> OpenAI:
+        """One client for all requests: a client left to the garbage collector warns about its sockets."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def metrics(self) -> dict[str, float]:
@@ -40,6 +42,7 @@ class Server:
 
     def stop(self) -> int:
         """SIGTERM, then the exit code."""
+        self.openai.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=60)
 

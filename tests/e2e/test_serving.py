@@ -141,6 +141,7 @@ def test_sigterm_drains(tmp_path: Path) -> None:
         assert refused.value.status_code == 503
         assert "retry-after" in refused.value.response.headers
         assert running.result().usage.completion_tokens == 60  # type: ignore[union-attr]
+    server.openai.close()
     assert server.process.wait(timeout=60) == 0
     assert "Traceback" not in server.log.read_text()
 

@@ -18,15 +18,13 @@ from loadtests import BenchError, bench
 from loadtests.adapters import write_adapters
 from loadtests.client import Load, Request, Stream, run_load
 from loadtests.contestants import Turn
-from loadtests.parity import StreamCheck, Tokens, summarize
+from loadtests.parity import TOLERANCES, StreamCheck, Tokens, summarize
+from loadtests.peers.peft_peer import PeftPeer
 from loadtests.report import Figure, Result, Spread, print_result, ratio, save
 from loadtests.scenarios import OURS, SCENARIOS, Goal, Scenario
 from loadtests.server import base_name
 
-CARDS = [
-    {"id": "tiny", "parent": None},
-    {"id": "bench-0", "parent": "tiny", "generation": "aa"},
-]
+CARDS = [{"id": "tiny", "parent": None}, {"id": "bench-0", "parent": "tiny", "generation": "aa"}]
 
 
 class ScriptedServer(BaseHTTPRequestHandler):
@@ -264,6 +262,24 @@ def test_token_names_lead_back_to_ids(tiny_model: Callable[[str], Path], tmp_pat
     names = Tokens(add_tokenizer(tiny_model("llama"), tmp_path / "model"))
     assert names.ids(["filler300", "filler319"]) == [300, 319]
     assert names.ids(["filler300", "unknown"]) is None
+
+
+def test_the_check_tells_a_wrong_adapter(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    adapters = write_adapters(tiny_model("llama"), tmp_path, count=2)
+    peer = PeftPeer(tiny_model("llama"), {adapter.name: str(adapter.path) for adapter in adapters}, threads=1)
+    tolerance = TOLERANCES[str(peer.dtype).removeprefix("torch.")]
+    prompts = [list(range(20 + i, 40 + i)) for i in range(4)]
+    names = ["bench-0", "bench-1", None, "bench-0"]
+    requests = [
+        {"prompt": prompt, "adapter": name, "new_tokens": 8}
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    for mode in ("each", "batch"):
+        _, answers = peer.generate(mode, requests)
+        streams = [{**request, "tokens": tokens} for request, tokens in zip(requests, answers, strict=True)]
+        assert all(check["deficit"] <= tolerance for check in peer.check(streams))
+        swapped = [{**stream, "adapter": None if stream["adapter"] else "bench-1"} for stream in streams]
+        assert all(check["deficit"] > tolerance for check in peer.check(swapped))
 
 
 @pytest.mark.e2e
