@@ -131,6 +131,7 @@ def test_identity_covers_names_shapes_and_dense_layers_but_not_the_order() -> No
     q, v = NF4Weight.quantize(random_weight()), NF4Weight.quantize(random_weight(1))
     assert base_identity([("q", q), ("v", v)]) == base_identity([("v", v), ("q", q)])
     assert base_identity([("q", q), ("v", v)]) != base_identity([("q", v), ("v", q)])
+    assert base_identity([("q", q)]) != base_identity([("k", q)])
     dense = random_weight()
     assert base_identity([("q", dense)]) != base_identity([("q", q)])
     assert base_identity([("q", dense)]) != base_identity([("q", dense.view(IN, OUT))])
