@@ -195,6 +195,7 @@ def test_loading_blocks_nobody(make: MakeHarness, make_lora_weights: MakeWeights
 
     harness.reader = read
     assert not harness.prepare(slow)
+    harness.tier.tick += 100  # even if nobody has asked about it for long
     harness.make_ready(quick)
     same(harness.run([quick, None]), harness.by_hand([quick, None]))
     assert not harness.prepare(slow)

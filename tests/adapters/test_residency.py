@@ -359,6 +359,19 @@ def test_a_closed_slot_reopens_when_nobody_waits_any_more() -> None:
     assert tier.accepts("a")
 
 
+def test_an_adapter_nobody_asks_for_any_more_is_not_waited_for() -> None:
+    tier = DeviceTier(max_loras=1, rows=8, patience=4, min_admitted=1)
+    place(tier, "a", 8)
+    tier.acquire("a")
+    for _ in range(6):
+        tier.tick += 1
+        tier.wait("b")
+    tier.release("a")
+    assert tier.place("c", 8) is None  # b has waited past its patience: the room is b's
+    tier.tick += tier.patience + 1
+    assert tier.place("c", 8) is not None
+
+
 def test_a_place_found_reopens_what_was_closed_for_it() -> None:
     tier = DeviceTier(max_loras=2, rows=16, patience=4, min_admitted=1)
     for name in "ab":
