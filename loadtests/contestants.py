@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from typing import Protocol
 
+from loadtests import BenchError
 from loadtests.client import Load, Request, Stream, run_load
 from loadtests.parity import Tokens
 from loadtests.peers import PEERS, PeerProcess
+from loadtests.scenarios import Figure
 
 # A request and its answer; None if the answer's tokens cannot be read from what came back.
 Answer = tuple[Request, list[int] | None]
@@ -56,7 +58,7 @@ class Ours:
     """
 
     def __init__(
-        self, name: str, url: str, base: str, requests: Sequence[Request], figure: str, tokens: Tokens
+        self, name: str, url: str, base: str, requests: Sequence[Request], figure: Figure, tokens: Tokens
     ) -> None:
         self.name = name
         self.note = "over HTTP, streamed"
@@ -76,7 +78,13 @@ class Ours:
         load = run_load(self._url, self._base, self._requests)
         self._repeated += len(load.streams)
         self._otherwise += sum(a.text != b.text for a, b in zip(load.streams, self._checked, strict=True))
-        return Turn(load.seconds, _rate(self._figure, load.seconds, self._requests), _details(load))
+        if self._figure == "decode":
+            if load.decode_per_s is None:
+                raise BenchError("no moment at which every stream decoded; ask for more new tokens")
+            rate = load.decode_per_s
+        else:
+            rate = _rate(self._figure, load.seconds, self._requests)
+        return Turn(load.seconds, rate, _details(load))
 
     def answers(self) -> list[Answer]:
         found = (self._tokens.ids(stream.token_names) for stream in self._checked)
@@ -86,7 +94,7 @@ class Ours:
 class Peer:
     """A peer process; a one-at-a-time peer may run only some of the requests, at the rate of which it counts."""
 
-    def __init__(self, name: str, process: PeerProcess, requests: Sequence[Request], figure: str) -> None:
+    def __init__(self, name: str, process: PeerProcess, requests: Sequence[Request], figure: Figure) -> None:
         kind = PEERS[name]
         self.name = name
         self.note = kind.note
@@ -113,8 +121,14 @@ class Peer:
         return list(zip(self._requests, self._turns[0], strict=True))
 
 
-def _rate(figure: str, seconds: float, requests: Sequence[Request]) -> float:
-    counted = (len(r.prompt) if figure == "prompt" else r.new_tokens for r in requests)
+def _rate(figure: Figure, seconds: float, requests: Sequence[Request]) -> float:
+    match figure:
+        case "prompt":
+            counted = [len(request.prompt) for request in requests]
+        case "generated":
+            counted = [request.new_tokens for request in requests]
+        case "decode":  # the first token comes with the prompt, which these seconds leave out
+            counted = [request.new_tokens - 1 for request in requests]
     return sum(counted) / seconds
 
 

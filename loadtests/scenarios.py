@@ -18,6 +18,10 @@ READY = "process start to ready"
 HELP = "loramux --help"
 
 
+# "decode": generated tokens while every stream decodes, without the time the prompts take.
+Figure = Literal["generated", "prompt", "decode"]
+
+
 @dataclass(frozen=True)
 class Goal:
     """A bound on a contestant's median, or on its ratio to another's."""
@@ -41,7 +45,7 @@ class Scenario:
     adapters: int = 0
     prompt_tokens: int = 128
     new_tokens: int = 64
-    figure: Literal["generated", "prompt"] = "generated"
+    figure: Figure = "generated"
     base_too: bool = False
     peers: tuple[str, ...] = ()
     goals: tuple[Goal, ...] = ()
@@ -56,7 +60,7 @@ class Scenario:
             self,
             streams=streams or self.streams,
             prompt_tokens=prompt_tokens or self.prompt_tokens,
-            new_tokens=new_tokens if new_tokens and self.figure == "generated" else self.new_tokens,
+            new_tokens=new_tokens if new_tokens and self.figure != "prompt" else self.new_tokens,
         )
         if changed == self:
             return self
@@ -88,7 +92,14 @@ SCENARIOS = {
             "32 streams on the base",
             streams=32,
             peers=("transformers",),
-            goals=(Goal(OURS, 300),),
+        ),
+        Scenario(
+            "decode-32",
+            "32 streams on the base, decode steps only; goal: 300 tok/s where the lean loop gets 392",
+            streams=32,
+            figure="decode",
+            peers=("lean-loop",),
+            goals=(Goal(OURS, 300 / 392, over="lean-loop"),),
         ),
         Scenario(
             "mixed",

@@ -76,6 +76,11 @@ class HostCopy:
         return self.block.numel() * self.block.element_size()
 
 
+def _one_thread_each() -> None:
+    """A loader that computes with a thread team of its own would take the cores from the team that decodes."""
+    torch.set_num_threads(1)
+
+
 @dataclass
 class _Move:
     """An adapter on its way between tiers."""
@@ -110,7 +115,9 @@ class AdapterBank:
         self._ready: set[str] = set()
         self._pins: dict[str, str] = {}  # generation -> path, of what is to stay resident
         self._pins_asked = False
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="adapter-loader")
+        self._executor = ThreadPoolExecutor(
+            max_workers=2, thread_name_prefix="adapter-loader", initializer=_one_thread_each
+        )
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._events_lock = threading.Lock()
 

@@ -100,34 +100,6 @@ class MultiLoraLinear(nn.Module):
         return y
 
 
-@torch.no_grad()
-def shared_inputs(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Group the named linears by the input they are called with, seen in one forward pass of two tokens.
-
-    A linear that is not called (an expert, say) is a group of its own. Grouping only saves work: a linear called with
-    another tensor than its group is computed from that tensor.
-    """
-    inputs: dict[str, torch.Tensor] = {}
-
-    def remember(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = arguments[0]  # held, so that no two live inputs share an id
-
-        return model.get_submodule(name).register_forward_pre_hook(hook)
-
-    handles = [remember(name) for name in names]
-    try:
-        device = next(model.parameters()).device
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    groups: dict[object, list[str]] = {}
-    for name in names:
-        groups.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
-    return [tuple(group) for group in groups.values()]
-
-
 def install(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, MultiLoraLinear], AdapterBatch]:
     """Replace the named linears of `model` in place; returns them and the batch they all read."""
     batch = AdapterBatch()

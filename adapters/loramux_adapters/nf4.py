@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
-from loramux_adapters.kernels import DenseKernel
+from loramux_adapters.kernels import DenseKernel, FusedPart, Kernel
 
 BLOCKSIZE = 64
 
@@ -117,9 +117,9 @@ class NF4Linear(torch.nn.Linear):
     """A linear whose weight is NF4 for good; inputs and outputs in the compute dtype.
 
     `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
-    features. With `keep_dense` a dense copy in the compute dtype is derived and used without autograd: the default on
-    CPUs, where dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused
-    4-bit matmul on CUDA, or dequantizes. The backward pass gives the input's gradient only.
+    features. `kernel`, if set, is a dense copy in the compute dtype that multiplies instead: the default on CPUs, where
+    dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused 4-bit matmul on
+    CUDA, or dequantizes. The backward pass gives the input's gradient only.
     """
 
     def __init__(
@@ -134,7 +134,9 @@ class NF4Linear(torch.nn.Linear):
             None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         )
         self.register_parameter("bias", fixed_bias)
-        self._kernel = DenseKernel(quantized.dequantize(dtype)) if keep_dense else None
+        self.kernel: Kernel | None = None
+        if keep_dense:
+            self.kernel = DenseKernel(quantized.dequantize(dtype), self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight `[out_features, in_features]` from the canonical bytes."""
@@ -142,8 +144,8 @@ class NF4Linear(torch.nn.Linear):
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ W.T + b` without autograd, by the fastest exact path this device has."""
-        if self._kernel is not None:
-            return self._kernel(x, self.bias)
+        if self.kernel is not None:
+            return self.kernel(x)
         if x.device.type == "cuda":
             fused: torch.Tensor = bnb_matmul(x, self.quantized, self.bias)
             return fused
@@ -173,7 +175,9 @@ class _NF4MatMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
         ctx.layer = layer
-        return layer.matmul(x)
+        y = layer.matmul(x)
+        # autograd must own what a caller may change in place
+        return y.clone() if isinstance(layer.kernel, FusedPart) else y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

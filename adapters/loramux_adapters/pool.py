@@ -1,13 +1,14 @@
 """The device tier's memory: rank rows of A and B for every linear, and the part of them a forward pass uses.
 
 `fill` writes one adapter into its rows, from any thread, while other rows are in use. `select` cuts out the span of rows
-that holds the active adapters; the cut is kept for as long as the same adapters are active, and on CPUs its first
-product is reordered for oneDNN once it has lasted. Which rows are whose is `residency.py`'s knowledge.
+that holds the active adapters; the cut is kept while they change little, and on CPUs its first product is reordered
+for oneDNN once it has lasted. Which rows are whose is `residency.py`'s knowledge.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +20,33 @@ from loramux_adapters.residency import Slot
 _STEADY_STEPS = 8
 
 FactorMap = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+# A cut that was made for more adapters than are active now is kept while at least this share of its rows is theirs:
+# masked rows cost arithmetic, a new cut costs a copy of it and, soon, another reordering.
+_KEPT_SHARE = 0.5
+
+
+@dataclass
+class _Cut:
+    """A span of rank rows, ready to multiply with, and the adapters that lay in it when it was made."""
+
+    slots: tuple[Slot, ...]  # by offset
+    shrinks: dict[int, Shrink] = field(default_factory=dict)
+    expands: dict[str, Expand] = field(default_factory=dict)
+    steps: int = 0  # passes it has served
+
+    def __post_init__(self) -> None:
+        self.start = self.slots[0].offset
+        self.stop = self.slots[-1].offset + self.slots[-1].rows
+        self.span = self.stop - self.start
+        self._places = {(slot.generation, slot.offset) for slot in self.slots}
+
+    def serves(self, active: Sequence[Slot]) -> bool:
+        """True if every active adapter is in it, and not too much else."""
+        if any((slot.generation, slot.offset) not in self._places for slot in active):
+            return False
+        return sum(slot.rows for slot in active) >= _KEPT_SHARE * sum(slot.rows for slot in self.slots)
 
 
 class DevicePool:
@@ -46,11 +74,7 @@ class DevicePool:
         self.row_bytes = (
             sum(layer.in_features + layer.out_features for layer in layers.values()) * dtype.itemsize
         )
-        self._key: tuple[tuple[str, int], ...] = ()
-        self._steady = 0
-        self._start = 0
-        self._shrinks: dict[int, Shrink] = {}
-        self._expands: dict[str, Expand] = {}
+        self._cut: _Cut | None = None
 
     def fill(self, slot: Slot, factors: FactorMap) -> None:
         """Write an adapter's A `[r, in]` and B `[r, out]` into its rows, zero where it has none."""
@@ -71,38 +95,39 @@ class DevicePool:
         if not slots:
             self._batch.select({}, {}, None)
             return
-        key = tuple((slot.generation, slot.offset) for slot in slots)
-        if key != self._key:
-            self._key, self._steady = key, 0
-            self._cut(slots[0].offset, slots[-1].offset + slots[-1].rows, targeted, prepack=False)
+        cut = self._cut
+        if cut is None or not cut.serves(slots):
+            self._cut = cut = self._make_cut(slots, targeted, prepack=False)
         elif self.device.type == "cpu":
-            self._steady += 1
-            if self._steady == _STEADY_STEPS:
-                self._cut(slots[0].offset, slots[-1].offset + slots[-1].rows, targeted, prepack=True)
-        same = len(slots) == 1 and None not in rows
-        self._batch.select(self._shrinks, self._expands, None if same else self._foreign(rows, slots))
+            cut.steps += 1
+            if cut.steps == _STEADY_STEPS:
+                # Only of who is active now: an adapter that has left may have been overwritten in its rows.
+                self._cut = cut = self._make_cut(slots, targeted, prepack=True)
+                cut.steps = _STEADY_STEPS
+        same = len(cut.slots) == 1 and None not in rows
+        self._batch.select(cut.shrinks, cut.expands, None if same else self._foreign(rows, cut))
 
-    def _cut(self, start: int, stop: int, targeted: Collection[str], *, prepack: bool) -> None:
-        self._start = start
-        self._shrinks, self._expands = {}, {}
-        span = stop - start
+    def _make_cut(self, slots: Sequence[Slot], targeted: Collection[str], *, prepack: bool) -> _Cut:
+        cut = _Cut(tuple(slots))
         for number, (group, pool) in enumerate(zip(self._groups, self._a, strict=True)):
             members = [member for member, name in enumerate(group) if name in targeted]
             if not members:
                 continue
-            parts = [pool[member, start:stop] for member in members]
+            parts = [pool[member, cut.start : cut.stop] for member in members]
             stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self._shrinks[number] = Shrink(DenseKernel(stacked, prepack=prepack), len(members))
+            cut.shrinks[number] = Shrink(DenseKernel(stacked, prepack=prepack), len(members))
             for position, member in enumerate(members):
-                columns = slice(position * span, (position + 1) * span)
-                self._expands[group[member]] = Expand(number, columns, self._b[group[member]][start:stop])
+                columns = slice(position * cut.span, (position + 1) * cut.span)
+                b = self._b[group[member]][cut.start : cut.stop]
+                cut.expands[group[member]] = Expand(number, columns, b)
+        return cut
 
-    def _foreign(self, rows: Sequence[str | None], slots: Sequence[Slot]) -> torch.Tensor:
-        """`[rows, R]` bool, True where the rank row is not the row's own adapter's."""
-        table = torch.ones(len(slots) + 1, slots[-1].offset + slots[-1].rows - self._start, dtype=torch.bool)
+    def _foreign(self, rows: Sequence[str | None], cut: _Cut) -> torch.Tensor:
+        """`[rows, span]` bool, True where the rank row is not the row's own adapter's."""
+        table = torch.ones(len(cut.slots) + 1, cut.span, dtype=torch.bool)
         index: dict[str | None, int] = {None: 0}
-        for number, slot in enumerate(slots, 1):
-            begin = slot.offset - self._start
+        for number, slot in enumerate(cut.slots, 1):
+            begin = slot.offset - cut.start
             table[number, begin : begin + slot.rows] = False
             index[slot.generation] = number
         picks = torch.tensor([index[row] for row in rows])

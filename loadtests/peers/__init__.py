@@ -25,9 +25,9 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class PeerKind:
-    """How a peer works through the requests: one after another, or all as one padded batch."""
+    """How a peer works through the requests: one after another, or all as one batch ("lean": times decoding only)."""
 
-    mode: Literal["each", "batch"]
+    mode: Literal["each", "batch", "lean"]
     note: str
     subset: int | None = None  # only so many of the requests; its rate stands for all
 
@@ -37,6 +37,7 @@ PEERS: Mapping[str, PeerKind] = {
     "peft-adapter-names": PeerKind("batch", "PEFT generate(adapter_names=...), one batch"),
     "peft-batch": PeerKind("batch", "PEFT set_adapter + generate, one batch"),
     "transformers": PeerKind("batch", "transformers generate, one batch"),
+    "lean-loop": PeerKind("lean", "hand-written decode loop for this architecture, one batch, no adapters"),
     "transformers-each": PeerKind("each", "transformers generate, one request at a time"),
 }
 

@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from loadtests.peers.lean import LeanLoop
 from loramux_adapters.nf4 import NF4Weight
 from loramux_server.base.device import pick_device, pick_dtype
 
@@ -53,7 +54,10 @@ class PeftPeer:
         self._model.to(self.device).eval().requires_grad_(False)
 
     def generate(self, mode: str, requests: Sequence[dict[str, Any]]) -> tuple[float, list[list[int]]]:
-        """Greedy answers and the seconds they took. `mode`: "each" request alone, or all as one "batch"."""
+        """Greedy answers and the seconds they took. `mode`: "each" request alone, all as one "batch", or "lean"."""
+        if mode == "lean":
+            prompts = torch.tensor([request["prompt"] for request in requests], device=self.device)
+            return LeanLoop(self._model).generate(prompts, requests[0]["new_tokens"])
         groups = [[request] for request in requests] if mode == "each" else [list(requests)]
         start = time.perf_counter()
         tokens = [answer for group in groups for answer in self._batch(group)]

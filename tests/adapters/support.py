@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from loramux_adapters.bank import AdapterBank
-from loramux_adapters.layers import install, shared_inputs
+from loramux_adapters.grouping import shared_inputs
+from loramux_adapters.layers import install
 from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier
 from loramux_adapters.spec import BaseGeometry

@@ -28,7 +28,7 @@ def test_dense_kernel_equals_linear(
     x = random(*batch, shape[1], dtype=dtype, seed=1)
     b = random(shape[0], dtype=dtype, seed=2) if bias else None
     for prepack in (True, False):
-        y = DenseKernel(weight, prepack=prepack)(x, b)
+        y = DenseKernel(weight, b, prepack=prepack)(x)
         assert y.shape == (*batch, shape[0])
         assert y.dtype == dtype
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())

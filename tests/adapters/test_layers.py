@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from loramux_adapters.grouping import shared_inputs
 from loramux_adapters.kernels import DenseKernel
-from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrink, install, shared_inputs
+from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrink, install
 from loramux_adapters.nf4 import NF4Linear, NF4Weight
 from loramux_adapters.spec import BaseGeometry
 from tests.adapters.support import TinyModel

@@ -179,8 +179,8 @@ def test_a_deep_copy_with_the_leaves_in_its_memo_shares_them(keep_dense: bool) -
     """How a second module tree gets the same weights: not one byte twice."""
     layer = linear(torch.bfloat16, keep_dense=keep_dense)
     leaves: list[object] = [*layer.parameters(), layer.quantized]
-    if layer._kernel is not None:
-        leaves.append(layer._kernel)
+    if layer.kernel is not None:
+        leaves.append(layer.kernel)
     twin = copy.deepcopy(torch.nn.Sequential(layer), {id(leaf): leaf for leaf in leaves})[0]
     assert isinstance(twin, NF4Linear)
     assert twin is not layer

@@ -338,7 +338,7 @@ def test_a_twin_copies_no_weight(base: ResidentBase) -> None:
         linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
         held = [part for m in linears for part in m.quantized.canonical_parts()[:3]]
         return {t.data_ptr() for t in (*held, *model.parameters(), *model.buffers())} | {
-            id(m._kernel) for m in linears
+            id(m.kernel) for m in linears
         }
 
     assert memory(twin_of(base.model)) == memory(base.model)

@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux_adapters.bank import HostCopy
-from loramux_adapters.layers import install, shared_inputs
+from loramux_adapters.grouping import shared_inputs
+from loramux_adapters.layers import install
 from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import Slot
 from loramux_adapters.weights import LoraWeights

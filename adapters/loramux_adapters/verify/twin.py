@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from loramux_adapters.kernels import DenseKernel
+from loramux_adapters.kernels import DenseKernel, FusedPart
 from loramux_adapters.layers import AdapterBatch, MultiLoraLinear
 from loramux_adapters.nf4 import NF4Weight
 
-_SHARED = (NF4Weight, DenseKernel, AdapterBatch)
+_SHARED = (NF4Weight, DenseKernel, FusedPart, AdapterBatch)
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loramux_adapters.errors import BaseModelError
+from loramux_adapters.grouping import derive_kernels, shared_inputs
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.spec import BaseGeometry
@@ -57,6 +58,7 @@ class ResidentBase:
     max_position: int
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
+    input_groups: list[tuple[str, ...]]  # adaptable linears by the input they share
 
     @property
     def config(self) -> Any:
@@ -72,12 +74,14 @@ def load_base(options: LoadOptions) -> ResidentBase:
     model = _read_weights(
         options, config, device, quantize=options.quantization == "nf4" and not prequantized
     )
-    keep_dense = device.type == "cpu"
-    shapes = _swap_linears(model, dtype, keep_dense=keep_dense)
+    shapes = _swap_linears(model, dtype)
     model.requires_grad_(False)
     model.eval()
     _cast_remaining(model, dtype)
     _prepare_head(model)
+    groups = shared_inputs(model, list(shapes))
+    if device.type == "cpu":
+        derive_kernels(model, groups)
     identity = base_identity(_canonical_linears(model))
     text_config = model.config.get_text_config()
     return ResidentBase(
@@ -89,6 +93,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
         max_position=_max_position(text_config),
         eos_token_ids=_end_tokens(model),
         weight_bytes=_resident_bytes(model),
+        input_groups=groups,
     )
 
 
@@ -189,9 +194,7 @@ def _read_weights(
     return model
 
 
-def _swap_linears(
-    model: PreTrainedModel, dtype: torch.dtype, *, keep_dense: bool
-) -> dict[str, tuple[int, int]]:
+def _swap_linears(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Replace bitsandbytes' layers by NF4Linear on the same bytes; return every adaptable linear's shape."""
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -209,7 +212,7 @@ def _swap_linears(
                     f"{name} is {list(quantized.shape)} in the checkpoint, but {list(shapes[name])} by its config",
                     param="model",
                 )
-            replacement: nn.Linear = NF4Linear(quantized, module.bias, dtype, keep_dense=keep_dense)
+            replacement: nn.Linear = NF4Linear(quantized, module.bias, dtype)
         else:
             module.to(dtype)
             replacement = ResidentLinear(module)

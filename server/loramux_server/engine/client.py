@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 _RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
 _STOP_WAIT_S = 10.0
 _LAST_WORDS_S = 0.3  # a worker's last message may be read after its end is noticed
-# GNU OpenMP's threads spin at every barrier. When another process wants a core, spinning keeps it from the very thread
-# that is waited for: on two busy cores a short spin decoded 2.4 times as fast, in one run; idle cores are not measured yet.
-_THREADING = {"GOMP_SPINCOUNT": "2000"}
 
 
 class WorkerClient:
@@ -182,7 +179,6 @@ class WorkerClient:
             "-m",
             "loramux_server.engine.worker",
             stdin=asyncio.subprocess.PIPE,
-            env={**_THREADING, **os.environ},
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._options))

@@ -56,10 +56,9 @@ class Engine:
         self.base = base
         self.options = options
         names = list(base.geometry.linear_shapes)
-        groups = layers.shared_inputs(base.model, names)
         modules, batch = layers.install(base.model, names)
         self.bank = AdapterBank(
-            DevicePool(modules, groups, batch, options.lora_rows, base.dtype, base.device),
+            DevicePool(modules, base.input_groups, batch, options.lora_rows, base.dtype, base.device),
             DeviceTier(max_loras=options.max_loras, rows=options.lora_rows),
             self._read_adapter,
             max_cpu_loras=options.max_cpu_loras,
