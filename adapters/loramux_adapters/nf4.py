@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
-from loramux_adapters.kernels import DenseKernel, FusedPart, Kernel
+from loramux_adapters.kernels import FusedPart, Kernel
 
 BLOCKSIZE = 64
 
@@ -117,14 +117,12 @@ class NF4Linear(torch.nn.Linear):
     """A linear whose weight is NF4 for good; inputs and outputs in the compute dtype.
 
     `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
-    features. `kernel`, if set, is a dense copy in the compute dtype that multiplies instead: the default on CPUs, where
-    dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused 4-bit matmul on
-    CUDA, or dequantizes. The backward pass gives the input's gradient only.
+    features. `kernel`, if set, is a dense copy in the compute dtype that multiplies instead (`grouping.derive_kernels`):
+    on CPUs dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused 4-bit
+    matmul on CUDA, or dequantizes. The backward pass gives the input's gradient only.
     """
 
-    def __init__(
-        self, quantized: NF4Weight, bias: torch.Tensor | None, dtype: torch.dtype, *, keep_dense: bool = False
-    ) -> None:
+    def __init__(self, quantized: NF4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
         self.out_features, self.in_features = quantized.shape
         self.quantized = quantized
@@ -135,8 +133,6 @@ class NF4Linear(torch.nn.Linear):
         )
         self.register_parameter("bias", fixed_bias)
         self.kernel: Kernel | None = None
-        if keep_dense:
-            self.kernel = DenseKernel(quantized.dequantize(dtype), self.bias)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight `[out_features, in_features]` from the canonical bytes."""

@@ -121,6 +121,56 @@ def test_rows_between_the_active_adapters_are_ignored(make: MakeHarness, zoo: li
     same(harness.run(rows), harness.by_hand(rows))
 
 
+def test_a_cut_outlives_one_adapter_leaving(make: MakeHarness, zoo: list[LoraWeights]) -> None:
+    harness = make(*zoo, max_loras=5, rows=64)
+    names = list(harness.adapters)[1:4]
+    harness.make_ready(*names)
+    harness.run(names)
+    cut = harness.bank.pool._cut
+    rows = [names[2], names[0], None]
+    same(harness.run(rows), harness.by_hand(rows))
+    assert harness.bank.pool._cut is cut
+    rows = [names[1]]  # too little of it
+    same(harness.run(rows), harness.by_hand(rows))
+    assert harness.bank.pool._cut is not cut
+
+
+def test_a_cut_reordered_while_an_adapter_was_away_is_not_used_for_it(
+    make: MakeHarness, make_lora_weights: MakeWeights
+) -> None:
+    """Somebody else lay in its rows when the cut was copied; it came back to the very same place."""
+    stays, leaves, other = (
+        make_lora_weights(n, r=8, target_modules=("q_proj", "v_proj", "down_proj")) for n in (1, 2, 3)
+    )
+    harness = make(stays, leaves, other, max_loras=2, rows=16)
+    one, two, three = harness.adapters
+    harness.make_ready(one, two)
+    same(harness.run([one, two]), harness.by_hand([one, two]))
+    harness.bank.release(two)
+    harness.make_ready(three)  # in the rows of `two`
+    for _ in range(12):
+        harness.run([one])
+    harness.bank.release(three)
+    harness.make_ready(two)
+    same(harness.run([one, two]), harness.by_hand([one, two]))
+
+
+def test_loaders_compute_on_one_thread_each(make: MakeHarness, make_lora_weights: MakeWeights) -> None:
+    harness = make(make_lora_weights(1))
+    seen: list[int] = []
+    read = harness.reader
+
+    def count(generation: str, path: str) -> LoraWeights:
+        seen.append(torch.get_num_threads())
+        return read(generation, path)
+
+    harness.reader = count
+    before = torch.get_num_threads()
+    harness.make_ready(*harness.adapters)
+    assert seen == [1]
+    assert torch.get_num_threads() == before
+
+
 def test_nothing_of_an_evicted_adapter_is_left(make: MakeHarness, make_lora_weights: MakeWeights) -> None:
     """A large adapter of every linear, then a small one of a single linear in the same rows."""
     large = make_lora_weights(1, r=16, target_modules=("q_proj", "v_proj", "down_proj"))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from loramux_adapters import kernels
-from loramux_adapters.kernels import DenseKernel, ResidentLinear, prepacking_available, zeros_on_demand
+from loramux_adapters.kernels import (
+    DenseKernel,
+    FusedKernel,
+    ResidentLinear,
+    prepacking_available,
+    zeros_on_demand,
+)
 
 SHAPES = [(64, 64), (96, 128), (7, 33), (320, 64), (1, 5)]
 BATCHES = [(1,), (3,), (40,), (1, 1), (1, 17), (2, 3)]
@@ -39,6 +47,53 @@ def test_dense_kernel_equals_linear(
             ulp * exact.abs() + (1 + bias) * ulp * 0.5 * size.clamp(max=exact.abs().max()) + 2.0**-18 * size
         )
         assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+def fused(dtype: torch.dtype) -> tuple[FusedKernel, list[torch.Tensor], list[torch.Tensor | None]]:
+    """Three linears of one input; the middle one has no bias."""
+    weights = [random(n, 32, dtype=dtype, seed=n) for n in (48, 16, 16)]
+    biases = [random(48, dtype=dtype, seed=1), None, random(16, dtype=dtype, seed=2)]
+    return FusedKernel(weights, biases), weights, biases
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_parts_of_a_fused_kernel_equal_their_linears(dtype: torch.dtype) -> None:
+    kernel, weights, biases = fused(dtype)
+    x = random(1, 5, 32, dtype=dtype, seed=3)
+    for part, weight, bias in zip(kernel.parts, weights, biases, strict=True):
+        expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(part(x).double(), expected, rtol=1e-2, atol=0.1)
+
+
+def test_what_is_added_to_a_part_is_never_handed_out_again() -> None:
+    """A layer that is called twice with one tensor must not see what an adapter added the first time."""
+    kernel, _, _ = fused(torch.float32)
+    q, k, _ = kernel.parts
+    x = random(2, 32, dtype=torch.float32, seed=3)
+    first = q(x)
+    clean = first.clone()
+    first.add_(100)
+    assert torch.equal(q(x), clean)
+    assert float(k(x).abs().max()) < 50
+
+
+def test_parts_called_with_different_tensors_do_not_mix() -> None:
+    kernel, weights, _ = fused(torch.float32)
+    _, k, _ = kernel.parts
+    one, two = (random(2, 32, dtype=torch.float32, seed=seed) for seed in (3, 4))
+    kernel.parts[0](one)
+    torch.testing.assert_close(k(two), two @ weights[1].T)
+    torch.testing.assert_close(k(one), one @ weights[1].T)
+
+
+def test_a_product_is_let_go_when_every_part_has_been_called() -> None:
+    kernel, _, _ = fused(torch.float32)
+    x = random(2, 32, dtype=torch.float32, seed=3)
+    held = weakref.ref(x)
+    for part in kernel.parts:
+        part(x)
+    del x
+    assert held() is None
 
 
 def test_the_reordered_copy_replaces_the_plain_one_where_it_is_usable() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from loramux_adapters.grouping import shared_inputs
 from loramux_adapters.kernels import DenseKernel
 from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrink, install
 from loramux_adapters.nf4 import NF4Linear, NF4Weight
@@ -153,23 +152,3 @@ def test_install_puts_layers_in_place_and_keeps_them_linear(tiny_geometry: BaseG
     with torch.inference_mode():
         assert torch.equal(model(ids), TinyModel(tiny_geometry)(ids))
     assert not batch.expands
-
-
-def test_groups_are_the_linears_called_with_the_same_tensor(tiny_geometry: BaseGeometry) -> None:
-    model = TinyModel(tiny_geometry)
-    names = list(tiny_geometry.linear_shapes)
-    groups = shared_inputs(model, names)
-    assert sorted(name for group in groups for name in group) == sorted(names)
-    assert {frozenset(name.removeprefix("model.layers.") for name in group) for group in groups} == {
-        frozenset({"0.self_attn.q_proj", "0.self_attn.v_proj"}),
-        frozenset({"1.self_attn.q_proj", "1.self_attn.v_proj"}),
-        frozenset({"0.mlp.down_proj"}),
-        frozenset({"1.mlp.down_proj"}),
-    }
-    assert not model.get_submodule(names[0])._forward_pre_hooks
-
-
-def test_a_linear_that_is_never_called_is_a_group_of_its_own(tiny_geometry: BaseGeometry) -> None:
-    model = TinyModel(tiny_geometry)
-    model.add_module("expert", nn.Linear(16, 16))
-    assert ("expert",) in shared_inputs(model, [*tiny_geometry.linear_shapes, "expert"])

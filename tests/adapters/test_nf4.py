@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loramux_adapters.errors import BaseModelError
+from loramux_adapters.kernels import DenseKernel
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity, tensor_bytes
 
 OUT, IN = 96, 128
@@ -25,7 +26,10 @@ def random_input(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor
 
 def linear(dtype: torch.dtype, *, keep_dense: bool, bias: bool = True) -> NF4Linear:
     fixed = torch.linspace(-1, 1, OUT) if bias else None
-    return NF4Linear(NF4Weight.quantize(random_weight()), fixed, dtype, keep_dense=keep_dense)
+    layer = NF4Linear(NF4Weight.quantize(random_weight()), fixed, dtype)
+    if keep_dense:
+        layer.kernel = DenseKernel(layer.dequantize(), layer.bias)
+    return layer
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
