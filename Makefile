@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SEED ?= 0
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench fuzz soak clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +35,12 @@ format: $(STAMP)  ## rewrite the code in the house style
 
 bench: $(STAMP)  ## run the benchmark scenarios; prints ratios
 	$(BIN)/python -m loadtests.bench
+
+fuzz: $(STAMP)  ## 100,000 mutated uploads; CASES= and SEED= choose others
+	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),100000) --seed $(SEED)
+
+soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server; STEPS=, KILLS=, SEED=
+	$(BIN)/python -m pytest tests/soak -m soak --steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@ adapter, or of none, is off by several logits and the parity check cannot miss i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,18 +67,21 @@ def write_adapters(model: Path, directory: Path, count: int = COUNT) -> list[Ben
     written = []
     for index in range(count):
         name = f"bench-{index}"
-        weights = LoraWeights(spec, _random_tensors(geometry, seed=index + 1))
+        weights = LoraWeights(spec, random_tensors(geometry.linear_shapes, RANK, seed=index + 1))
         weights.write(directory / name)
         written.append(BenchAdapter(name, directory / name, weights.generation))
     return written
 
 
-def _random_tensors(geometry: BaseGeometry, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def random_tensors(
+    shapes: Mapping[str, tuple[int, int]], rank: int, seed: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B for each linear, `(out_features, in_features)` by name."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (out_features, in_features) in geometry.linear_shapes.items():
-        a = torch.randn(RANK, in_features, generator=generator) / in_features**0.5
-        b = torch.randn(out_features, RANK, generator=generator) * (_STRENGTH / RANK**0.5)
+    for name, (out_features, in_features) in shapes.items():
+        a = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        b = torch.randn(out_features, rank, generator=generator) * (_STRENGTH / rank**0.5)
         tensors[name] = (a.bfloat16(), b.bfloat16())
     return tensors
 

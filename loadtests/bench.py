@@ -24,8 +24,9 @@ from rich.console import Console
 
 from loadtests import BenchError
 from loadtests.adapters import BenchAdapter, model_directory, write_adapters
-from loadtests.contestants import Answer, Contestant, Ours, Peer, Turn
-from loadtests.parity import TOLERANCES, Parity, StreamCheck, Tokens, summarize
+from loadtests.contestants import Contestant, Ours, Peer, Turn, check_answers
+from loadtests.lifecycle import MEASURES
+from loadtests.parity import TOLERANCES, Parity, Tokens
 from loadtests.peers import REFERENCE_MODULE, PeerProcess
 from loadtests.report import Figure, Result, print_result, save, usable_cores, write_json
 from loadtests.scenarios import HELP, OURS, OURS_BASE, READY, SCENARIOS, Scenario
@@ -40,7 +41,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, directory: Path) -> None:
         self.options = options
         self.model = model_directory(options.model)
-        self._directory = directory
+        self.directory = directory
         self._server = ExitStack()
 
     def close(self) -> None:
@@ -48,7 +49,7 @@ class Bench:
 
     @cached_property
     def adapters(self) -> list[BenchAdapter]:
-        return write_adapters(self.model, self._directory / "adapters")
+        return write_adapters(self.model, self.directory / "adapters")
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -61,7 +62,7 @@ class Bench:
         server = self._server.enter_context(
             ServerProcess(
                 self.options.model,
-                self._directory / "server",
+                self.directory / "server",
                 adapters=self.adapters,
                 threads=self.options.threads,
             )
@@ -71,14 +72,17 @@ class Bench:
     def run(self, scenario: Scenario) -> Result:
         used = self.adapters[: scenario.adapters]
         setup = {"model": str(self.model), "adapters": {a.name: str(a.path) for a in used}}
-        log = self._directory / f"{scenario.name}-reference.log"
+        log = self.directory / f"{scenario.name}-reference.log"
         with PeerProcess(REFERENCE_MODULE, setup, log, threads=self.options.threads) as process:
             base = base_name(self.url, used)
             about = process.ready()
             contestants = self._contestants(scenario, base, process)
             turns = play(contestants, self.options.rounds)
             tolerance = TOLERANCES[about["dtype"]]
-            figures = [figure_of(one, turns[one.name], check(process, one, tolerance)) for one in contestants]
+            figures = [
+                figure_of(one, turns[one.name], check_answers(process, one.answers(), tolerance, one.repeats))
+                for one in contestants
+            ]
         settings = {
             "model": self.options.model,
             "streams": scenario.streams,
@@ -117,18 +121,6 @@ def play(contestants: Sequence[Contestant], rounds: int) -> dict[str, list[Turn]
     return turns
 
 
-def check(process: PeerProcess, one: Contestant, tolerance: float) -> Parity:
-    answers = one.answers()
-    readable: list[Answer] = [answer for answer in answers if answer[1] is not None]
-    streams = [
-        {"prompt": request.prompt, "adapter": request.adapter, "tokens": tokens}
-        for request, tokens in readable
-    ]
-    checks = [StreamCheck(**item) for item in process.call("check", streams=streams)["checks"]]
-    unread = [None] * (len(answers) - len(readable))
-    return summarize([*checks, *unread], tolerance, one.repeats)
-
-
 def figure_of(one: Contestant, turns: Sequence[Turn], parity: Parity) -> Figure:
     """Details are the medians of the rounds."""
     details = {key: median(turn.details[key] for turn in turns) for key in turns[0].details}
@@ -152,15 +144,17 @@ def measure_start(scenario: Scenario, options: argparse.Namespace, directory: Pa
 def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
     """Those named, or all; with the sizes given. A server that already runs has no start to measure."""
     names = options.scenarios or [
-        name for name, known in SCENARIOS.items() if not (known.is_start and options.url)
+        name
+        for name, known in SCENARIOS.items()
+        if not ((known.is_start or known.own_server) and options.url)
     ]
     scenarios = []
     for name in names:
         scenario = SCENARIOS.get(name)
         if scenario is None:
             raise BenchError(f"{name} is no scenario; choose from {', '.join(SCENARIOS)}")
-        if scenario.is_start and options.url:
-            raise BenchError("start measures a server of its own; leave out --url")
+        if (scenario.is_start or scenario.own_server) and options.url:
+            raise BenchError(f"{name} measures a server of its own; leave out --url")
         if not scenario.is_start:
             scenario = scenario.resized(options.streams, options.prompt_tokens, options.new_tokens)
         scenarios.append(scenario)
@@ -200,9 +194,12 @@ def run(options: argparse.Namespace, console: Console) -> list[Result]:
         bench = Bench(options, Path(name))
         stack.callback(bench.close)
         for scenario in scenarios:
-            result = (
-                measure_start(scenario, options, Path(name)) if scenario.is_start else bench.run(scenario)
-            )
+            if scenario.is_start:
+                result = measure_start(scenario, options, Path(name))
+            elif scenario.own_server:
+                result = MEASURES[scenario.name](bench, scenario)
+            else:
+                result = bench.run(scenario)
             print_result(result, console)
             if options.save:
                 console.print(f"  saved {save(result)}")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from loadtests import BenchError
 from loadtests.client import Load, Request, Stream, run_load
-from loadtests.parity import Tokens
+from loadtests.parity import Parity, StreamCheck, Tokens, summarize
 from loadtests.peers import PEERS, PeerProcess
 from loadtests.scenarios import Figure
 
@@ -119,6 +119,17 @@ class Peer:
 
     def answers(self) -> list[Answer]:
         return list(zip(self._requests, self._turns[0], strict=True))
+
+
+def check_answers(
+    process: PeerProcess, answers: Sequence[Answer], tolerance: float, repeats: tuple[int, int] = (0, 0)
+) -> Parity:
+    """What the reference, which is `process`, says about them."""
+    readable = [(request, tokens) for request, tokens in answers if tokens is not None]
+    streams = [{"prompt": r.prompt, "adapter": r.adapter, "tokens": tokens} for r, tokens in readable]
+    checks = [StreamCheck(**item) for item in process.call("check", streams=streams)["checks"]]
+    unread = [None] * (len(answers) - len(readable))
+    return summarize([*checks, *unread], tolerance, repeats)
 
 
 def _rate(figure: Figure, seconds: float, requests: Sequence[Request]) -> float:

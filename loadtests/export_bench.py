@@ -1,6 +1,6 @@
 """What an export costs, and what it keeps, next to the tools one would use instead.
 
-    python -m loadtests.export_bench [--layers 2] [--width 4096] [--rank 16] [--work DIR]
+    python -m loadtests.export_bench [--layers 2] [--width 4096] [--rank 16] [--work DIR] [--save]
 
 On a synthetic sharded checkpoint with the geometry of a 7B Llama, cut to `--layers` layers: peak resident memory and time
 of `run_export`, of a plain copy of the same bytes, of quantizing the same linears and nothing else, and of PEFT's
@@ -14,20 +14,28 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loadtests.report import FORMAT, RESULTS, Spread, cpu_model, usable_cores
+
 VOCABULARY = 32000
 PROBE = "model.layers.0.self_attn.q_proj"
+TIME_RATIO = "ours_time / (copy + quantize)"
+MEMORY_RATIO = "ours_rss / allowed (1 GB + 12 bytes x largest tensor)"
+GOALS = {TIME_RATIO: 3.0, MEMORY_RATIO: 1.0}
 DELTA = 0.002  # standard deviation of lora_B: a change of about 1 % of the weight
 
 
@@ -81,10 +89,47 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--verify", type=int, default=0, help="prompts; 0 measures the merge alone")
     parser.add_argument("--work", type=Path, default=None, help="where to put the checkpoint")
+    parser.add_argument("--save", action="store_true", help="keep the figures in loadtests/results")
     arguments = parser.parse_args()
     shape = Shape(arguments.layers, arguments.width, arguments.rank)
     with tempfile.TemporaryDirectory(dir=arguments.work) as directory:
-        print(json.dumps(measure(shape, Path(directory), verify=arguments.verify), indent=2))
+        measured = measure(shape, Path(directory), verify=arguments.verify)
+    print(json.dumps(measured, indent=2))
+    if arguments.save:
+        settings = {"layers": shape.layers, "width": shape.width, "rank": shape.rank}
+        print(save(measured, settings | {"verify_prompts": arguments.verify}))
+
+
+def save(measured: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """`<date>-export.json` beside the other scenarios' results, with the same keys."""
+    result = {
+        **{
+            "format": FORMAT,
+            "scenario": "export",
+            "summary": "a merge of 7B geometry, beside copy, quantize, PEFT",
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.system()},
+        "versions": {
+            name: version(name) for name in ("loramux", "torch", "transformers", "peft", "bitsandbytes")
+        },
+        "settings": {**settings, "checkpoint_bytes": measured["checkpoint_bytes"]},
+        "figures": [
+            {"name": name, "unit": "s", "rounds": [seconds], **asdict(Spread.of([seconds]))}
+            | {"details": {"peak_rss_bytes": measured["peak_rss_bytes"][name]}}
+            for name, seconds in measured["seconds"].items()
+        ],
+        "ratios": {name: value for name, value in measured.items() if " / " in name},
+        "goals": [
+            {"text": f"{name} <= {bound:g}", "value": measured[name], "met": measured[name] <= bound}
+            for name, bound in GOALS.items()
+        ],
+        "survival_of_the_change": measured["survival_of_the_change"],
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-export.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
 
 
 def measure(shape: Shape, work: Path, *, verify: int = 0) -> dict[str, Any]:
@@ -99,8 +144,8 @@ def measure(shape: Shape, work: Path, *, verify: int = 0) -> dict[str, Any]:
         "checkpoint_bytes": sum(path.stat().st_size for path in (work / "base").glob("*.safetensors")),
         "seconds": {name: run["seconds"] for name, run in runs(copy, quantize, ours, peft).items()},
         "peak_rss_bytes": {name: run["peak_rss"] for name, run in runs(copy, quantize, ours, peft).items()},
-        "ours_time / (copy + quantize)": ours["seconds"] / (copy["seconds"] + quantize["seconds"]),
-        "ours_rss / allowed (1 GB + 12 bytes x largest tensor)": ours["peak_rss"] / allowed,
+        TIME_RATIO: ours["seconds"] / (copy["seconds"] + quantize["seconds"]),
+        MEMORY_RATIO: ours["peak_rss"] / allowed,
         "peft_rss / ours_rss": peft["peak_rss"] / ours["peak_rss"],
         "peft_time / ours_time": peft["seconds"] / ours["seconds"],
         "survival_of_the_change": {"ours": ours["survival"], "peft": peft["survival"]},

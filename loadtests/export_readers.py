@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loramux_adapters.export.prompts import PROMPTS
+from loramux_adapters.prompts import PROMPTS
 
 TOKENS = 1000
 TOLERANCE = 1e-4

@@ -16,6 +16,16 @@ OURS = "loramux"
 OURS_BASE = "loramux, base only"
 READY = "process start to ready"
 HELP = "loramux --help"
+COLD, WARM, DIFFERENCE = "first token, adapter on disk", "first token, adapter resident", "difference"
+ALONE, BESIDE_WARM, BESIDE_LOADS = (
+    "alone",
+    "beside requests to a resident adapter",
+    "beside requests that load one",
+)
+ZIPF, EIGHT = "loramux, 1,000 adapters", "loramux, 8 adapters"
+EMPTY_START, FULL_START = "start without adapters", "start with adapters"
+MORE_TIME, MORE_MEMORY = "time for the adapters", "memory for the adapters"
+PEFT_LOAD = "PEFT load_adapter"
 
 
 # "decode": generated tokens while every stream decodes, without the time the prompts take.
@@ -49,6 +59,7 @@ class Scenario:
     base_too: bool = False
     peers: tuple[str, ...] = ()
     goals: tuple[Goal, ...] = ()
+    own_server: bool = False  # measured by lifecycle.py, on a server it sets up itself
 
     @property
     def is_start(self) -> bool:
@@ -127,6 +138,49 @@ SCENARIOS = {
             figure="prompt",
             peers=("transformers-each",),
             goals=(Goal(OURS, 1500),),
+        ),
+        Scenario(
+            "cold-adapter",
+            "time to the first token of an adapter on disk against one that is resident (r16, all linears)",
+            streams=8,
+            prompt_tokens=32,
+            new_tokens=8,
+            own_server=True,
+        ),
+        Scenario(
+            "loads-beside",
+            "p99 gap between tokens of 8 streams while other adapters are loaded one after the other",
+            streams=8,
+            adapters=4,
+            own_server=True,
+            goals=(Goal(BESIDE_LOADS, 1.05, over=BESIDE_WARM, at_most=True),),
+        ),
+        Scenario(
+            "zipf-1000",
+            "128 requests drawn by Zipf's law from 1,000 adapters (r8, q and v), against 8 of them in turn",
+            streams=128,
+            adapters=1000,
+            new_tokens=32,
+            own_server=True,
+            goals=(Goal(ZIPF, 0.8, over=EIGHT),),
+        ),
+        Scenario(
+            "registered-1000",
+            "what 1,000 registered adapters cost before one is used: time at start and memory",
+            streams=1,
+            adapters=1000,
+            own_server=True,
+            goals=(Goal(MORE_TIME, 5, at_most=True), Goal(MORE_MEMORY, 50, at_most=True)),
+        ),
+        Scenario(
+            "adapter-load",
+            "an adapter's way from its files to where requests can use it (r16, all linears), without a server",
+            streams=1,
+            adapters=8,
+            prompt_tokens=32,
+            new_tokens=8,
+            own_server=True,
+            goals=(Goal(OURS, 4, over=PEFT_LOAD),),
         ),
     )
 }

@@ -6,6 +6,7 @@ that whichever answers serves exactly the benchmark's adapters (by generation), 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,13 @@ class ServerProcess:
     """`loramux serve`, started at once; `wait_ready` gives its address."""
 
     def __init__(
-        self, model: str, directory: Path, *, adapters: Sequence[BenchAdapter] = (), threads: int
+        self,
+        model: str,
+        directory: Path,
+        *,
+        adapters: Sequence[BenchAdapter] = (),
+        threads: int,
+        arguments: Sequence[str] = (),
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._log = directory / "server.log"
@@ -39,6 +46,7 @@ class ServerProcess:
             "--threads", str(threads),
             "--data-dir", str(directory / "data"),
             "--no-demo-adapters",
+            *arguments,
         ]  # fmt: skip
         if adapters:
             command += ["--lora-modules", *(f"{adapter.name}={adapter.path}" for adapter in adapters)]
@@ -63,6 +71,16 @@ class ServerProcess:
                 break
             time.sleep(0.02)
         raise BenchError(f"the server did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
+
+    def resident_bytes(self) -> int:
+        """Of the process and those it started, as Linux counts them."""
+        pid = self._process.pid
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (pid, *children)]
+        except OSError as error:
+            raise BenchError(f"the server's memory cannot be read here: {error}") from error
+        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def stop(self) -> None:
         self._process.terminate()

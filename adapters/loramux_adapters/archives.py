@@ -120,6 +120,8 @@ class _Unpacker:
         if mode == stat.S_IFLNK:
             return "is a link"
         if mode == stat.S_IFDIR:
+            if parts and parts[-1] in ADAPTER_FILES:
+                return "is a folder, not a file"
             return "" if len(parts) <= 1 else "is a folder inside a folder"
         if mode not in (0, stat.S_IFREG):
             return "is not a regular file"
@@ -161,7 +163,7 @@ def _unpack_zip(file: BinaryIO, unpacker: _Unpacker) -> None:
     _check_zip_end(file, unpacker)
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            folder = stat.S_IFDIR if info.is_dir() else 0
+            folder = stat.S_IFDIR if info.orig_filename.endswith("/") else 0  # is_dir() needs a name
             name = unpacker.wanted(info.orig_filename, stat.S_IFMT(info.external_attr >> 16) or folder)
             if info.flag_bits & 0x1:
                 unpacker.fault(shown(info.orig_filename), "is encrypted")

@@ -1,8 +1,9 @@
-"""`loramux export` (alias `merge`): the words of the command line, and what is shown while an export runs.
+"""`loramux export` (alias `merge`): the words of the command line.
 
 Exit codes: 0 exported (or planned, with --dry-run), 1 refused, 2 wrong usage, 3 written but not proven equal to the
 served model. Standard output carries the result (with --json one JSON object), standard error progress and errors.
 Nothing heavy is imported until the command runs. Does not know where the demo model comes from: the caller says.
+How plan, progress and result look is `cli_export_output.py`.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux_adapters.cli_export_output import ProgressKind, progress_shown, show_plan, summary
 from loramux_adapters.errors import LoramuxError
 
 if TYPE_CHECKING:
-    from loramux_adapters.export import ExportOptions, ExportPlan, ExportProgress, ExportResult
+    from loramux_adapters.export import ExportPlan
 
 NOT_PROVEN_EXIT = 3
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-_TITLES = {"merge": "Merging", "verify": "Verifying", "noise": "Measuring the server's own rounding"}
+_HUB_FILES = [
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"),
+    *("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "README.md"),
+]
 
-ResolveModel = Callable[[str], tuple[Path, str]]
-"""What --model says -> the directory, and the base's name for people (empty: the directory's)."""
+ResolveModel = Callable[[str, str | None], tuple[Path, str]]
+"""What --model and --revision say -> the directory, and the base's name for people (empty: the directory's)."""
 
 Model = Annotated[str, typer.Option(help="Base model: a directory, a hub id, or demo.")]
 Adapters = Annotated[
@@ -38,6 +42,12 @@ MergedOnto = Annotated[
     str, typer.Option(help="dequantized (as served) or original (the checkpoint's own weights).")
 ]
 Served = Annotated[str, typer.Option(help="Compute dtype of the server: auto, bf16, fp16 or fp32.")]
+Quantized = Annotated[str, typer.Option(help="How the server held the base: nf4 or none.")]
+QuantizedOn = Annotated[str, typer.Option(help="Where the server quantized it: cpu or cuda.")]
+Identity = Annotated[str | None, typer.Option(help="Quantization identity that the base must have.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Hub revision of the base.", show_default="the default branch")
+]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB or 500MiB.")]
 Prompts = Annotated[
     int | None,
@@ -53,20 +63,24 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and write
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an export that was stopped.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Progress = Annotated[
+    ProgressKind | None,
+    typer.Option(help="On standard error: a bar, none, or one JSON object a line.", show_default="bar"),
+]
 
 
 def register(app: typer.Typer, demo: Callable[[], tuple[Path, str]]) -> None:
     """Add `export` and its alias `merge` to an app. `demo` gives the embedded model's directory and hub id."""
 
-    def resolve(model: str) -> tuple[Path, str]:
-        return demo() if model == "demo" else local_or_hub(model)
+    def resolve(model: str, revision: str | None) -> tuple[Path, str]:
+        return demo() if model == "demo" else local_or_hub(model, revision)
 
     command = export_command(resolve)
     app.command("export")(command)
     app.command("merge", hidden=True)(command)
 
 
-def local_or_hub(model: str) -> tuple[Path, str]:
+def local_or_hub(model: str, revision: str | None = None) -> tuple[Path, str]:
     """A directory as it is; anything else is a hub id, downloaded (or found in its cache) without pickles."""
     path = Path(model)
     if path.exists():
@@ -77,7 +91,7 @@ def local_or_hub(model: str) -> tuple[Path, str]:
     from loramux_adapters.errors import BaseModelError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES)), model
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES)), model
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(
@@ -95,6 +109,10 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
         format: Stored = "bf16",
         onto: MergedOnto = "dequantized",
         served_dtype: Served = "auto",
+        quantization: Quantized = "nf4",
+        device: QuantizedOn = "cpu",
+        base_identity: Identity = None,
+        revision: Revision = None,
         shard_size: ShardSize = "5GB",
         verify: Prompts = None,
         verify_tokens: PromptTokens = 160,
@@ -105,6 +123,7 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
         resume: Resume = False,
         quiet: Quiet = False,
         as_json: AsJson = False,
+        progress: Progress = None,
     ) -> None:
         """Merge adapters into their base: a checkpoint that is checked to be the model that was served."""
         with _exit_codes(as_json):
@@ -113,7 +132,7 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
 
             texts = words.read_prompts(verify_file)
             prompts = verify if verify is not None else len(texts) or words.BUILT_IN_PROMPTS
-            directory, name = resolve(model)
+            directory, name = resolve(model, revision)
             options = ExportOptions(
                 model=directory,
                 adapters=tuple(WeightedAdapter.parse(text) for text in adapter),
@@ -122,38 +141,35 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
                 format=words.parse_format(format),
                 onto=words.parse_onto(onto),
                 served_dtype=words.parse_served_dtype(served_dtype),
+                quantization=words.parse_quantization(quantization),
+                device=words.parse_device(device),
+                base_identity=base_identity,
                 shard_bytes=words.parse_size(shard_size),
                 verify=VerifyOptions(prompts, verify_tokens, texts, compare=compare, strict=strict),
             )
-            _carry_out(options, dry_run=dry_run, resume=resume, quiet=quiet, as_json=as_json)
+            from loramux_adapters.export import plan_export
+
+            plan = plan_export(options)
+            if dry_run:
+                show_plan(plan, as_json=as_json)
+            else:
+                shown = progress or (ProgressKind.NONE if quiet or as_json else ProgressKind.BAR)
+                _run(plan, resume=resume, progress=shown, quiet=quiet, as_json=as_json)
 
     return export
 
 
-def _carry_out(options: ExportOptions, *, dry_run: bool, resume: bool, quiet: bool, as_json: bool) -> None:
-    from loramux_adapters.export import plan_export
-
-    plan = plan_export(options)
-    if dry_run:
-        _show_plan(plan, as_json=as_json)
-    else:
-        _run(plan, resume=resume, quiet=quiet, as_json=as_json)
-
-
-def _run(plan: ExportPlan, *, resume: bool, quiet: bool, as_json: bool) -> None:
+def _run(plan: ExportPlan, *, resume: bool, progress: ProgressKind, quiet: bool, as_json: bool) -> None:
     from loramux_adapters.export import run_export
 
-    if not (quiet or as_json):
-        for warning in plan.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-    with _progress(shown=not (quiet or as_json)) as observer:
+    with progress_shown(progress, plan) as observer:
         result = run_export(plan, resume=resume, observer=observer)
     if as_json:
         typer.echo(
             json.dumps({"out": str(result.out), "seconds": result.seconds, "report": result.report}, indent=2)
         )
     elif not quiet:
-        for line in _summary(result):
+        for line in summary(result):
             typer.echo(line)
 
 
@@ -171,107 +187,3 @@ def _exit_codes(as_json: bool) -> Iterator[None]:
         else:
             typer.echo(f"loramux: {error.message}", err=True)
         raise typer.Exit(NOT_PROVEN_EXIT if error.code == NOT_PROVEN else 1) from error
-
-
-@contextmanager
-def _progress(*, shown: bool) -> Iterator[Callable[[ExportProgress], None]]:
-    """A bar on standard error with bytes and time left; without a terminal rich prints nothing but the end."""
-    if not shown:
-        yield lambda progress: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-
-        def observe(progress: ExportProgress) -> None:
-            if progress.phase not in tasks:
-                title = _TITLES.get(progress.phase, progress.phase)
-                tasks[progress.phase] = bar.add_task(title, total=progress.total)
-            bar.update(tasks[progress.phase], completed=progress.done, total=progress.total)
-
-        yield observe
-
-
-def plan_json(plan: ExportPlan) -> dict[str, Any]:
-    """What --dry-run --json prints."""
-    from loramux_adapters.export.plan import Action
-
-    options: ExportOptions = plan.options
-    return {
-        "base": options.base_name,
-        "adapters": [
-            {
-                "name": adapter.name,
-                "weight": adapter.weight,
-                "rank": adapter.weights.rank,
-                "modules": len(adapter.weights.tensors),
-            }
-            for adapter in plan.adapters
-        ],
-        "format": options.format.value,
-        "onto": options.onto.value,
-        "tensors": {action.value: count for action in Action if (count := plan.count(action))},
-        "shards": len(plan.shards),
-        "bytes": plan.total_bytes,
-        "free_bytes": plan.free_bytes,
-        "peak_memory_bytes": plan.peak_memory,
-        "warnings": list(plan.warnings),
-    }
-
-
-def _show_plan(plan: ExportPlan, *, as_json: bool) -> None:
-    facts = plan_json(plan)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    adapters = ", ".join(
-        f"{a['name']} x {a['weight']:g} (rank {a['rank']}, {a['modules']} modules)" for a in facts["adapters"]
-    )
-    typer.echo(f"base       {facts['base']}")
-    typer.echo(f"adapters   {adapters}")
-    typer.echo(f"export     {facts['format']} onto {facts['onto']} weights")
-    typer.echo("tensors    " + ", ".join(f"{count} {action}" for action, count in facts["tensors"].items()))
-    typer.echo(
-        f"disk       {facts['bytes'] / 1e9:.2f} GB in {facts['shards']} file(s), {facts['free_bytes'] / 1e9:.2f} GB free"
-    )
-    typer.echo(f"memory     about {facts['peak_memory_bytes'] / 1e9:.2f} GB at most")
-    for warning in facts["warnings"]:
-        typer.echo(f"warning    {warning}")
-
-
-def _summary(result: ExportResult) -> Iterator[str]:
-    yield f"exported to {result.out} in {result.seconds:.0f} s"
-    delta = result.report["delta"]
-    if delta["survival_mean"] is not None:
-        yield f"survival of the adapter's change: {delta['survival_mean']:.4f} (worst tensor {delta['survival_min']:.4f})"
-    if result.proof is None:
-        yield "not compared with the served model (--verify 0)"
-        return
-    rows = {
-        "export": result.proof.export,
-        "other base": result.proof.other,
-        "serving noise": result.proof.noise,
-    }
-    for name, agreement in rows.items():
-        if agreement is not None:
-            yield (
-                f"{name} || served: KL {agreement.kl:.1e}, top-1 {agreement.top1:.2%}, loss {agreement.loss:.4f} "
-                f"(served {agreement.served_loss:.4f}) over {agreement.positions} positions"
-            )

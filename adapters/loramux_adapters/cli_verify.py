@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -22,7 +23,8 @@ from loramux_adapters.errors import LoramuxError, UnknownAdapter
 
 if TYPE_CHECKING:
     from loramux_adapters.spec import BaseGeometry
-    from loramux_adapters.verify import ModuleFacts, Progress, VerifyReport
+    from loramux_adapters.verify.check import Progress
+    from loramux_adapters.verify_report import ModuleFacts, VerifyReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,15 @@ class VerifyBase:
     tokenizer: Any
 
 
-LoadBase = Callable[[str, str, str], VerifyBase]
-"""(--model, --device, --dtype) -> the base. Raises BaseModelError."""
+Quantization = Literal["nf4", "none"]
+
+
+class LoadBase(Protocol):
+    """From --model, --device, --dtype and --quantization to the base. Raises BaseModelError."""
+
+    def __call__(
+        self, model: str, device: str, dtype: str, quantization: Quantization = "nf4", /
+    ) -> VerifyBase: ...
 
 
 def register(app: typer.Typer, load: LoadBase) -> None:
@@ -59,6 +68,9 @@ def verify_command(load: LoadBase) -> Callable[..., None]:
         dtype: Annotated[
             str, typer.Option(help="Compute type of the server: auto, bfloat16, float16 or float32.")
         ] = "auto",
+        quantization: Annotated[
+            Quantization, typer.Option(help="As the server holds the base: nf4, or none.")
+        ] = "nf4",
         prompts: Annotated[int, typer.Option(min=1, max=8, help="Built-in prompts to compare on.")] = 4,
         allow_noop: Annotated[
             bool, typer.Option("--allow-noop", help="Accept an adapter that changes nothing.")
@@ -67,11 +79,11 @@ def verify_command(load: LoadBase) -> Callable[..., None]:
     ) -> None:
         """Check that an adapter changes its base, and computes what PEFT computes with it."""
         with _errors(as_json), _files_of(adapter, demo=model == "demo") as directory:
-            report = _verify(directory, model, lambda: load(model, device, dtype), prompts)
+            report = _verify(directory, model, lambda: load(model, device, dtype, quantization), prompts)
         if as_json:
             typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
         else:
-            _show(report, adapter)
+            show_report(report, adapter)
         if not report.passes(allow_noop=allow_noop):
             raise typer.Exit(1)
 
@@ -148,7 +160,8 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         yield lambda progress: bar.update(task, completed=progress.done, total=progress.total)
 
 
-def _show(report: VerifyReport, adapter: str) -> None:
+def show_report(report: VerifyReport, adapter: str) -> None:
+    """A short table by kind of linear, and the figures in words; the last line is the verdict."""
     from rich.console import Console
     from rich.table import Table
 
@@ -165,7 +178,8 @@ def _show(report: VerifyReport, adapter: str) -> None:
             f"{max(relative):.3%}",
             str(zero),
         )
-    Console().print(table)
+    # A pipe has no width of its own, and must not lose columns.
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
     for line in _lines(report, adapter):
         typer.echo(line)
 

@@ -16,6 +16,7 @@
     │   └── StorageFull        because there is no room left
     ├── TrainingError          a data set, recipe or job is wrong
     └── ExportError            a merge cannot be planned, written or proven
+        └── UnknownExport      no export job of that id
 
 Rules: a message is one sentence (or one line a fault) that names the field and what to do; `param` is the
 field's name as the caller wrote it; `code` is stable and machine-readable; errors are picklable, because they
@@ -132,3 +133,7 @@ class TrainingError(LoramuxError, ValueError):
 
 class ExportError(LoramuxError):
     code = "export_error"
+
+
+class UnknownExport(ExportError, LookupError):
+    code = "export_not_found"

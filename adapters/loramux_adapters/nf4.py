@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import FusedPart, Kernel
+
+# bitsandbytes warns, when it is imported, that it could not download a CPU kernel; ours multiplies a dense copy.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import bitsandbytes.functional as bnb  # noqa: E402
 
 BLOCKSIZE = 64
 

@@ -12,47 +12,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from loramux_adapters.errors import AdapterConflict, StorageError, UnknownAdapter
+from loramux_adapters.leases import Claim, Lease
 from loramux_adapters.names import check_description, check_json, check_name, split_pin
-from loramux_adapters.registry_db import (
-    AdapterRecord,
-    HistoryEntry,
-    RegistryDatabase,
-    Scanned,
-    Source,
-    State,
-)
+from loramux_adapters.registry_db import AdapterRecord, HistoryEntry, RegistryDatabase, Scanned, Source, State
 from loramux_adapters.store import GenerationStore
+from loramux_adapters.verifications import Verifications
 
 __all__ = ["AdapterRecord", "AdapterRegistry", "HistoryEntry", "Lease", "Scanned", "Source", "State"]
 
 KEEP_HISTORY = 10
-
-
-class Lease:
-    """A claim on the generation a name meant when the lease was taken. Release it, or use it as a context."""
-
-    def __init__(self, registry: AdapterRegistry, record: AdapterRecord) -> None:
-        self.record = record
-        self._registry: AdapterRegistry | None = registry
-
-    def release(self) -> None:
-        """End the claim; a second call does nothing."""
-        registry, self._registry = self._registry, None
-        if registry is not None:
-            registry._release((self.record.name, self.record.generation))
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
 
 
 class AdapterRegistry:
@@ -72,6 +46,7 @@ class AdapterRegistry:
         self._writing = threading.RLock()  # serialises changes; held during disk writes
         self._reading = threading.Lock()  # guards the four below; held for an instant
         self._database = RegistryDatabase(db_path)
+        self.verifications = Verifications(self._database, self._writing)
         self._records = {record.name: record for record in self._database.records()}
         self._names = sorted(self._records)
         self._in_flight: Counter[tuple[str, str]] = Counter()  # by name and generation
@@ -176,7 +151,14 @@ class AdapterRegistry:
         with self._reading:
             record = self._resolve(model)
             self._in_flight[record.name, record.generation] += 1
-        return Lease(self, record)
+        return Lease(record, partial(self._release, (record.name, record.generation)))
+
+    def hold(self, generation: str) -> Claim:
+        """Keep a generation that no name means yet, beginning before it is stored; at the claim's end it is deleted
+        unless a name, history or lease refers to it."""
+        with self._writing, self._reading:
+            self._in_flight["", generation] += 1
+        return Claim(partial(self._let_go, generation))
 
     def in_flight(self, generation: str) -> int:
         with self._reading:
@@ -207,13 +189,8 @@ class AdapterRegistry:
     def sweep(self, *, min_age: float = 600.0) -> tuple[str, ...]:
         """Delete the generations that no name, history or lease refers to; see `GenerationStore.sweep`."""
         with self._writing:
-            with self._reading:
-                keep = {entry.generation for record in self._records.values() for entry in record.history}
-                keep.update(generation for _, generation in self._in_flight)
-            removed = self.store.sweep(keep, min_age=min_age)
-            with self._reading:
-                for generation in removed:
-                    self._states.pop(generation, None)
+            removed = self.store.sweep(self._referenced(), min_age=min_age)
+            self._forget(removed)
             return removed
 
     def scanned(self) -> dict[str, Scanned]:
@@ -282,6 +259,25 @@ class AdapterRegistry:
                 bisect.insort(self._names, record.name)
             self._records[record.name] = record
             return self._seen(record)
+
+    def _referenced(self) -> set[str]:
+        with self._reading:
+            named = {entry.generation for record in self._records.values() for entry in record.history}
+            return named.union(generation for _, generation in self._in_flight)
+
+    def _forget(self, generations: Collection[str]) -> None:
+        with self._reading:
+            for generation in generations:
+                self._states.pop(generation, None)
+        self.verifications.forget(generations)
+
+    def _let_go(self, generation: str) -> None:
+        with self._writing:
+            self._release(("", generation))
+            if generation not in self._referenced():
+                with suppress(StorageError):  # then a sweep will
+                    self.store.delete(generation)
+                    self._forget([generation])
 
     def _release(self, leased: tuple[str, str]) -> None:
         with self._reading:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,9 @@ from loramux_adapters.errors import StorageError, StorageFull
 Source = Literal["path", "upload", "hub", "training", "demo"]
 State = Literal["available", "loading", "ready", "failed"]
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
+# What each version of the schema added to the one before it.
+_MIGRATIONS = (
+    """
 CREATE TABLE adapters (
     name TEXT PRIMARY KEY, generation TEXT NOT NULL, source TEXT NOT NULL, origin TEXT NOT NULL,
     owner TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL, pinned INTEGER NOT NULL,
@@ -33,7 +34,13 @@ CREATE TABLE history (
     UNIQUE (name, generation)
 ) STRICT;
 CREATE TABLE scanned (path TEXT PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL) STRICT;
-"""
+""",
+    """
+CREATE TABLE verifications (
+    generation TEXT PRIMARY KEY, checked REAL NOT NULL, outcome TEXT NOT NULL, report TEXT NOT NULL
+) STRICT;
+""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +168,40 @@ class RegistryDatabase:
                 row = (path, scanned.name, scanned.fingerprint)
                 self._connection.execute("INSERT INTO scanned VALUES (?, ?, ?)", row)
 
+    def outcomes(self) -> dict[str, str]:
+        """Of all verifications, by generation."""
+        return dict(self._connection.execute("SELECT generation, outcome FROM verifications"))
+
+    def verification(self, generation: str) -> tuple[float, str] | None:
+        """When a generation was verified, and the report as JSON or ""."""
+        query = "SELECT checked, report FROM verifications WHERE generation = ?"
+        try:
+            found: tuple[float, str] | None = self._connection.execute(query, (generation,)).fetchone()
+        except sqlite3.Error as error:
+            raise StorageError(f"the adapter registry cannot be read: {error}") from error
+        return found
+
+    def save_verification(self, generation: str, checked: float, outcome: str, report: str) -> None:
+        with self._transaction():
+            self._connection.execute(
+                "INSERT OR REPLACE INTO verifications VALUES (?, ?, ?, ?)",
+                (generation, checked, outcome, report),
+            )
+
+    def forget_verifications(self, generations: Iterable[str]) -> None:
+        with self._transaction():
+            self._connection.executemany(
+                "DELETE FROM verifications WHERE generation = ?", [(one,) for one in generations]
+            )
+
     def _migrate(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
-            )
-        elif version != _SCHEMA_VERSION:
+        if version > len(_MIGRATIONS):
             raise sqlite3.DatabaseError(f"schema {version} was written by another version of loramux")
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            self._connection.executescript(
+                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
+            )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

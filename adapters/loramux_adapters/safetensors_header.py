@@ -106,10 +106,13 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata:
 
 
 def strict_json(raw: bytes) -> object:
-    """JSON to the letter: UTF-8, no NaN, no duplicate names, no absurd nesting. Raises ValueError."""
+    """JSON to the letter: UTF-8, no NaN, no duplicate names, no absurd nesting, no -0. Raises ValueError."""
     try:
         return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_object, parse_constant=_refuse_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_object,
+            parse_constant=_refuse_constant,
+            parse_int=_whole_number,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -125,6 +128,12 @@ def _unique_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _whole_number(text: str) -> int:
+    if text == "-0":  # zero here, a float to other readers
+        raise ValueError("-0 is not a whole number")
+    return int(text)
 
 
 def _refuse(label: str, problem: str) -> NoReturn:

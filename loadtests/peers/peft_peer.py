@@ -28,6 +28,7 @@ from loramux_server.base.device import pick_device, pick_dtype
 
 BASE_ROW = "__base__"  # PEFT's name for "no adapter" in adapter_names
 _ROWS_PER_CHECK = 8
+_LOAD: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -44,14 +45,19 @@ class PeftPeer:
         base.generation_config.pad_token_id = 0
         self._adapters = list(adapters)
         self._model: Any = base
-        load: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for name, path in adapters.items():
             if isinstance(self._model, PeftModel):
-                self._model.load_adapter(path, name, **load)
+                self.load(path, name)
             else:
-                self._model = PeftModel.from_pretrained(base, path, name, **load)
+                self._model = PeftModel.from_pretrained(base, path, name, **_LOAD)
         self._cast(self.dtype)
         self._model.to(self.device).eval().requires_grad_(False)
+
+    def load(self, path: str, name: str) -> None:
+        self._model.load_adapter(path, name, **_LOAD)
+
+    def unload(self, name: str) -> None:
+        self._model.delete_adapter(name)
 
     def generate(self, mode: str, requests: Sequence[dict[str, Any]]) -> tuple[float, list[list[int]]]:
         """Greedy answers and the seconds they took. `mode`: "each" request alone, all as one "batch", or "lean"."""

@@ -13,22 +13,17 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
 from loramux_adapters.adapter_files import DEFAULT_LIMITS, GateLimits
 from loramux_adapters.errors import (
-    AdapterConflict,
     ConfigError,
-    InvalidAdapter,
     StorageError,
-    UnknownAdapter,
 )
-from loramux_adapters.files import storage_error
+from loramux_adapters.probe import Probe
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry
 from loramux_adapters.registry_db import State
 from loramux_adapters.sources import Staged, clean_staging
@@ -38,10 +33,10 @@ from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import Ready, StepOutput
 from loramux_server.metrics import Metrics
 from loramux_server.pins import Pins
+from loramux_server.publishing import Options, Published, Publisher
 
 logger = logging.getLogger(__name__)
 
-MAX_GATES = 2  # adapters read into memory at once
 SWEEP_EVERY_S = 300.0
 
 
@@ -52,25 +47,6 @@ def geometry_of(ready: Ready, aliases: Collection[str] = ()) -> BaseGeometry:
         linear_shapes=ready.linear_shapes,
         aliases=tuple(aliases),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a client says about an adapter. None keeps what is there, or means the default."""
-
-    overwrite: bool = False
-    pinned: bool | None = None
-    description: str | None = None
-    metadata: Mapping[str, object] | None = None
-    default_sampling: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a name means now, and what its uploader should know though it refuses nothing."""
-
-    record: AdapterRecord
-    warnings: tuple[str, ...]
 
 
 class AdapterCatalog:
@@ -85,8 +61,9 @@ class AdapterCatalog:
         reserved: Collection[str],
         max_lora_rank: int,
         max_file_bytes: int = DEFAULT_LIMITS.max_file_bytes,
+        probe: Probe,
     ) -> None:
-        """`reserved` are the base's names. The engine's worker must be ready."""
+        """`reserved` are the base's names, `probe` is what adapters are verified on. The engine's worker must be ready."""
         self.engine = engine
         self.metrics = metrics
         self.geometry = geometry_of(engine.ready, reserved)
@@ -101,7 +78,9 @@ class AdapterCatalog:
         self._manifests: dict[str, Manifest] = {}
         self._pins = Pins(self.registry, self.manifest, engine.ready, self.limits.max_rank)
         self._changing = Lock()
-        self._gates = asyncio.Semaphore(MAX_GATES)
+        self._publisher = Publisher(
+            self.registry, engine, metrics, self.geometry, probe, self._pins, self._changing
+        )
         self._pinning = asyncio.Lock()
         engine.add_listener(self._observe_step)
         metrics.adapters.watch(states=self.count_states, stored_bytes=self._stored_bytes)
@@ -113,15 +92,9 @@ class AdapterCatalog:
     # --- changes ---------------------------------------------------------------------------------------------------
 
     async def publish(self, name: str, stage: Callable[[], Staged], options: Options) -> Published:
-        """Pass what `stage` brings through the gate and point the name at it. `stage` runs on a thread.
-
-        Raises InvalidAdapter with every fault, AdapterConflict for the name or the pin, RequestError, StorageError,
-        and AdapterUnavailable when a source cannot be reached.
-        """
-        self.registry.check_name(name)
-        with await asyncio.to_thread(self._stage, name, stage) as staged:
-            async with self._gates:
-                published = await asyncio.to_thread(self._publish, name, staged, options)
+        """Pass what `stage` brings through gate and verification and point the name at it; see `publishing.py`."""
+        published = await self._publisher.publish(name, stage, options, self.limits)
+        await asyncio.to_thread(self.manifest, published.record.generation)
         await self.keep_pinned()
         logger.info("adapter %s is generation %s", name, published.record.generation[:12])
         return published
@@ -196,56 +169,6 @@ class AdapterCatalog:
         return Counter(self.state(record) for record in self.registry.list(limit=sys.maxsize))
 
     # --- the blocking parts ----------------------------------------------------------------------------------------
-
-    def _stage(self, name: str, stage: Callable[[], Staged]) -> Staged:
-        try:
-            with self._counting(name):
-                return stage()
-        except OSError as error:
-            raise storage_error("the adapter cannot be stored", error) from error
-
-    @contextmanager
-    def _counting(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except InvalidAdapter as error:
-            self.metrics.adapter_rejected()
-            raise InvalidAdapter(error.faults, name=name) from None
-
-    def _publish(self, name: str, staged: Staged, options: Options) -> Published:
-        from loramux_adapters.weights import LoraWeights
-
-        with self._counting(name):
-            weights = LoraWeights.read(staged.directory, self.geometry, limits=self.limits)
-        generation = weights.generation
-        if not options.overwrite:
-            self._check_free(name, generation)
-        self.registry.store.publish(weights, {"source": staged.source, "origin": staged.origin})
-        with self._changing:
-            if options.pinned:
-                self._pins.check(name, weights.rank)
-            record = self.registry.put(
-                name,
-                generation,
-                source=staged.source,
-                origin=staged.origin,
-                overwrite=options.overwrite,
-                pinned=options.pinned,
-                description=options.description,
-                metadata=options.metadata,
-                default_sampling=options.default_sampling,
-            )
-        self.manifest(generation)
-        return Published(record, weights.spec.warnings(self.geometry))
-
-    def _check_free(self, name: str, generation: str) -> None:
-        """`put` decides; this spares writing what it would refuse."""
-        try:
-            current = self.registry.get(name)
-        except UnknownAdapter:
-            return
-        if current.generation != generation:
-            raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
 
     def _update(self, name: str, options: Options) -> AdapterRecord:
         with self._changing:

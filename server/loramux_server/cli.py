@@ -6,11 +6,12 @@ Errors are one sentence on standard error and exit code 1; wrong usage is exit c
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from loramux_adapters import cli_verify
+from loramux_adapters import cli_export, cli_train, cli_verify
 from loramux_server.cli_adapters import adapters_app
 
 app = typer.Typer(
@@ -51,7 +52,9 @@ def ask(
         typer.echo(f"[{model}] {answer}")
 
 
-def _base_to_verify(model: str, device: str, dtype: str) -> cli_verify.VerifyBase:
+def _base_to_verify(
+    model: str, device: str, dtype: str, quantization: cli_verify.Quantization = "nf4"
+) -> cli_verify.VerifyBase:
     """The base as the server would hold it; without a tokenizer it is compared on fixed token ids."""
     from transformers import AutoTokenizer
 
@@ -61,7 +64,9 @@ def _base_to_verify(model: str, device: str, dtype: str) -> cli_verify.VerifyBas
     is_demo = model == "demo"
     source = str(ensure_demo_model()) if is_demo else model
     name = DEMO_MODEL_ID if is_demo else model.rstrip("/")
-    base = load_base(LoadOptions(model=source, name=name, device=device, dtype=dtype))
+    base = load_base(
+        LoadOptions(model=source, name=name, device=device, dtype=dtype, quantization=quantization)
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):
@@ -69,7 +74,15 @@ def _base_to_verify(model: str, device: str, dtype: str) -> cli_verify.VerifyBas
     return cli_verify.VerifyBase(base.model, base.geometry, tokenizer)
 
 
+def _demo_to_export() -> tuple[Path, str]:
+    from loramux_server.base.demo import DEMO_MODEL_ID, ensure_demo_model
+
+    return ensure_demo_model(), DEMO_MODEL_ID
+
+
 cli_verify.register(app, _base_to_verify)
+cli_train.register(app, _base_to_verify)
+cli_export.register(app, _demo_to_export)
 app.add_typer(adapters_app, name="adapters")
 
 

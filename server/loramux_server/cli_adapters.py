@@ -29,6 +29,8 @@ Url = Annotated[str, typer.Option(help="Address of the server.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter of that name.")]
 Pin = Annotated[bool | None, typer.Option("--pin/--no-pin", help="Keep it on the device.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not try what it does to the base first.")]
+AllowNoop = Annotated[bool, typer.Option("--allow-noop", help="Accept an adapter that changes nothing.")]
 Description = Annotated[str | None, typer.Option(help="What it is for.")]
 
 LOCAL = "http://127.0.0.1:8000"
@@ -45,13 +47,25 @@ def list_adapters(url: Url = LOCAL, as_json: Json = False) -> None:
     from rich.table import Table
 
     table = Table(box=None)
-    for title in ("name", "generation", "state", "tier", "rank", "size", "in use", "pinned", "source"):
+    for title in (
+        "name",
+        "generation",
+        "state",
+        "verified",
+        "tier",
+        "rank",
+        "size",
+        "in use",
+        "pinned",
+        "source",
+    ):
         table.add_column(title, no_wrap=True)
     for one in adapters:
         table.add_row(
             one["id"],
             one["generation"][:12],
             one["state"],
+            one["verification"]["verdict"] if one["verification"] else "-",
             one["tier"],
             str(one["rank"] or "-"),
             _size(one["bytes"]),
@@ -71,13 +85,14 @@ def add_adapter(
     overwrite: Overwrite = False,
     pin: Pin = None,
     description: Description = None,
+    no_verify: NoVerify = False,
+    allow_noop: AllowNoop = False,
     url: Url = LOCAL,
     as_json: Json = False,
 ) -> None:
     """Upload an adapter."""
-    fields = {"overwrite": str(overwrite).lower()}
-    if pin is not None:
-        fields["pinned"] = str(pin).lower()
+    flags = _flags(overwrite, pin, no_verify, allow_noop)
+    fields = {flag: str(value).lower() for flag, value in flags.items() if value is not None}
     if description is not None:
         fields["description"] = description
     _report(_client(url).upload(name, path, fields), "is", as_json)
@@ -90,12 +105,14 @@ def pull_adapter(
     overwrite: Overwrite = False,
     pin: Pin = None,
     description: Description = None,
+    no_verify: NoVerify = False,
+    allow_noop: AllowNoop = False,
     url: Url = LOCAL,
     as_json: Json = False,
 ) -> None:
     """Let the server fetch an adapter from the Hugging Face hub."""
-    fields = {"overwrite": overwrite, "pinned": pin, "description": description}
-    _report(_client(url).pull(name, source, fields), "is", as_json)
+    flags = _flags(overwrite, pin, no_verify, allow_noop)
+    _report(_client(url).pull(name, source, {**flags, "description": description}), "is", as_json)
 
 
 @adapters_app.command("show")
@@ -105,13 +122,14 @@ def show_adapter(name: Name, url: Url = LOCAL, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(adapter))
         return
-    history = adapter.pop("generations")
+    history, verification = adapter.pop("generations"), adapter.pop("verification")
     for field, value in adapter.items():
         typer.echo(f"{field:<17}{_shown(field, value)}")
     for entry in history:
         typer.echo(
             f"  {entry['generation']}  {_time(entry['created'])}  {entry['origin'] or entry['source']}"
         )
+    _show_verification(name, verification)
 
 
 @adapters_app.command("rm")
@@ -154,10 +172,25 @@ adapters_app.command("pin", help="Keep an adapter on the device.")(_pinning(True
 adapters_app.command("unpin", help="Let an adapter leave the device when others need room.")(_pinning(False))
 
 
+def _flags(overwrite: bool, pin: bool | None, no_verify: bool, allow_noop: bool) -> dict[str, bool | None]:
+    return {"overwrite": overwrite, "pinned": pin, "verify": not no_verify, "allow_noop": allow_noop}
+
+
 def _client(url: str) -> AdaptersClient:
     from loramux_server.adapters_client import AdaptersClient
 
     return AdaptersClient(url)
+
+
+def _show_verification(name: str, verification: dict[str, Any] | None) -> None:
+    if verification is None or "report" not in verification:
+        typer.echo(f"{'verification':<17}{'-' if verification is None else verification['verdict']}")
+        return
+    from loramux_adapters.cli_verify import show_report
+    from loramux_adapters.verify_report import VerifyReport
+
+    typer.echo(f"{'verification':<17}{_time(verification['checked_at'])}")
+    show_report(VerifyReport.from_json(verification["report"]), name)
 
 
 def _report(adapter: dict[str, Any], verb: str, as_json: bool) -> None:

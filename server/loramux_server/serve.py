@@ -21,6 +21,7 @@ import uvicorn
 
 from loramux_adapters import __version__
 from loramux_adapters.errors import BaseModelError, ConfigError
+from loramux_adapters.probe import Probe
 from loramux_server.api.app import ApiSettings, create_app
 from loramux_server.banner import banner
 from loramux_server.base.demo import ensure_demo_model
@@ -29,10 +30,15 @@ from loramux_server.catalog import AdapterCatalog
 from loramux_server.config import ServeConfig
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.exports.base import served_base
+from loramux_server.exports.manager import ExportManager
 from loramux_server.folders import AdapterFolders
 from loramux_server.metrics import Metrics
 
 logger = logging.getLogger("loramux")
+
+# Of each text that uploads are verified on. Decoding waits for one text's forward pass: half of what `verify` reads.
+_PROBE_TOKENS = 32
 
 
 class _Server(uvicorn.Server):
@@ -84,10 +90,12 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
             reserved=config.names,
             max_lora_rank=config.max_lora_rank,
             max_file_bytes=config.max_adapter_size,
+            probe=Probe.of_texts(tokenizer, length=min(_PROBE_TOKENS, ready.max_model_len)),
         )
         folders = AdapterFolders(catalog, config.adapter_dir)
         await asyncio.to_thread(_import_adapters, folders, config)
         await catalog.keep_pinned()
+        exports = await asyncio.to_thread(_open_exports, config, model, catalog)
         metrics.describe(
             version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
         )
@@ -104,12 +112,13 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
             metrics=metrics,
             chat_template=template,
             catalog=catalog,
+            exports=exports,
         )
         keeping = [asyncio.create_task(catalog.maintain())]
         if config.adapter_dir:
             keeping.append(asyncio.create_task(folders.watch()))
         names = [record.name for record in catalog.registry.list()]
-        await _listen(app, config, client, listener, stop, names)
+        await _listen(app, config, client, exports, listener, stop, names)
         for keeper in keeping:
             keeper.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
@@ -126,10 +135,12 @@ async def _listen(
     app: Any,
     config: ServeConfig,
     client: WorkerClient,
+    exports: ExportManager,
     listener: socket.socket,
     stop: asyncio.Event,
     adapters: list[str],
 ) -> None:
+    exports.start()
     settings = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False
     )
@@ -141,6 +152,7 @@ async def _listen(
     await stop.wait()
     logger.info("draining: %d requests in flight, at most %g s", client.in_flight, config.grace)
     client.drain()
+    await exports.close()
     stop.clear()
     idle = asyncio.create_task(client.wait_idle(config.grace))
     again = asyncio.create_task(stop.wait())
@@ -208,6 +220,11 @@ def _import_adapters(folders: AdapterFolders, config: ServeConfig) -> None:
     folders.add_modules(modules)
     if config.adapter_dir:
         folders.scan()
+
+
+def _open_exports(config: ServeConfig, model: str, catalog: AdapterCatalog) -> ExportManager:
+    base = served_base(model, config.revision, catalog.engine.ready, is_demo=config.is_demo)
+    return ExportManager(catalog.staging.with_name("exports"), catalog.registry, base)
 
 
 def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:

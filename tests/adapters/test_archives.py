@@ -209,6 +209,7 @@ LINKS = {
     "device": (special(CONFIG_FILE, tarfile.CHRTYPE), "is not a regular file"),
     "sparse": (special(CONFIG_FILE, tarfile.GNUTYPE_SPARSE), "is not a regular file"),
     "long name": (special(CONFIG_FILE, tarfile.GNUTYPE_LONGNAME), "is not a regular file"),
+    "a file's name": (special(CONFIG_FILE, tarfile.DIRTYPE), "is a folder, not a file"),
     "deep folder": (special("a/b", tarfile.DIRTYPE), "is a folder inside a folder"),
     "climbing folder": (special("..", tarfile.DIRTYPE), "is not a path inside the archive"),
 }
@@ -302,10 +303,16 @@ def test_zip_tricks(tmp_path: Path) -> None:
     linked = io.BytesIO()
     with zipfile.ZipFile(linked, "w") as archive:
         archive.writestr(link, "/etc/passwd")
+    nameless = zipfile.ZipInfo("x")
+    nameless.filename = nameless.orig_filename = ""
+    unnamed = io.BytesIO()
+    with zipfile.ZipFile(unnamed, "w") as archive:
+        archive.writestr(nameless, b"{}")
     wrong_crc = edited_zip(lambda data: data.__setitem__(central + 16, data[central + 16] ^ 1))
     for number, (data, sentence) in enumerate(
         [
             (linked.getvalue(), "is a link"),
+            (unnamed.getvalue(), '"": is not a path inside the archive'),
             (edited_zip(lambda data: data.__setitem__(central + 8, 1)), "is encrypted"),
             (zipped(GOOD, zipfile.ZIP_BZIP2), "is compressed by another method than deflate"),
             (zipped(GOOD, zipfile.ZIP_LZMA), "is compressed by another method than deflate"),

@@ -362,6 +362,11 @@ FILE_CASES = [
         header_text(lambda t: t.replace('"dtype"', '"dtype":"I32","dtype"', 1)),
         "duplicate name",
     ),
+    Case(
+        "minus zero",
+        header_text(lambda text: text.replace('"data_offsets":[0,', '"data_offsets":[-0,', 1)),
+        "the header is not valid JSON: -0 is not a whole number",
+    ),
     Case("two objects", header_text(lambda text: text.rstrip() + "{}"), "the header is not valid JSON"),
     Case("truncated data", file_bytes(lambda data: data[:-1]), "the tensors end at byte"),
     Case("trailing data", file_bytes(lambda data: data + b"PK"), "the tensors end at byte"),

@@ -22,9 +22,9 @@ from loramux_adapters.errors import AdapterUnavailable, BaseModelError, InvalidA
 from loramux_adapters.layers import MultiLoraLinear
 from loramux_adapters.nf4 import NF4Linear
 from loramux_adapters.spec import ALL_LINEAR, AdapterSpec, BaseGeometry
+from loramux_adapters.twin import twin_of
 from loramux_adapters.verify import Probe, Progress, VerifyReport, verification_steps, verify_adapter
 from loramux_adapters.verify.served import ServedAdapter
-from loramux_adapters.verify.twin import twin_of
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
@@ -429,7 +429,12 @@ def test_texts_are_read_by_the_tokenizer(base: ResidentBase) -> None:
 def command(base: ResidentBase) -> Callable[..., Any]:
     """`command(arguments...)` runs `verify` in this process, on a base that is loaded already."""
     app = typer.Typer()
-    register(app, lambda model, device, dtype: VerifyBase(base.model, base.geometry, None))
+
+    def loaded(model: str, device: str, dtype: str, quantization: str = "") -> VerifyBase:
+        assert (device, dtype, quantization) == ("auto", "auto", "nf4")
+        return VerifyBase(base.model, base.geometry, None)
+
+    register(app, loaded)
     return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments), "--model", "org/tiny"])
 
 
@@ -472,10 +477,14 @@ def test_command_errors_are_sentences(command: Callable[..., Any], tmp_path: Pat
     assert json.loads(in_json.stdout)["error"]["code"] == "invalid_adapter"
 
 
-def test_command_as_users_start_it(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    base = load(tiny_model("llama"), "float32")
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_command_as_users_start_it(
+    quantization: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load(tiny_model("llama"), "float32", quantization)
     make_weights(base.geometry).write(tmp_path)
     line = ["verify", str(tmp_path), "--model", str(tiny_model("llama")), "--device", "cpu", "--json"]
+    line += ["--quantization", quantization, "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-m", "loramux_server", *line],
         capture_output=True,
@@ -488,3 +497,4 @@ def test_command_as_users_start_it(tiny_model: Callable[[str], Path], tmp_path: 
     report = VerifyReport.from_json(json.loads(done.stdout))
     assert report.verdict == "ok"
     assert report.tokens_from == "4 sequences of pseudo-random tokens"
+    assert report.base_identity == base.geometry.identity

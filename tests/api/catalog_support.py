@@ -1,14 +1,15 @@
 """The application over a real catalogue in a temporary folder, for a base small enough to write down.
 
-The engine is a fake that remembers its pins; registry, store, gate and staging are the real ones.
+The engine is a fake that remembers its pins and verifies without a model; registry, store, gate and staging are real.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import tarfile
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,44 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerFast
 
 from loramux_adapters.adapter_files import ADAPTER_FILES
+from loramux_adapters.errors import EngineError
+from loramux_adapters.probe import Probe
 from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.verify.facts import summarize, update_norm
+from loramux_adapters.verify_report import ModuleFacts, Verdict, VerifyReport
+from loramux_adapters.weights import LoraWeights
 from loramux_server.api.app import ApiSettings, create_app
 from loramux_server.catalog import AdapterCatalog
-from loramux_server.engine.messages import EngineStats, Ready
+from loramux_server.engine.messages import AdapterRef, EngineStats, Ready
 from loramux_server.metrics import Metrics
 from tests.adapters.conftest import AdapterFiles
 from tests.api.conftest import FakeEngine
 
 Files = dict[str, bytes]
+PROBE = Probe(((1, 2, 3),), "three tokens")
 
 
 @dataclass
 class TinyEngine(FakeEngine):
-    """The base is `tiny_geometry`."""
+    """The base is `tiny_geometry`. Verification looks at the files alone: zeros are a noop, all else is ok."""
 
     geometry: BaseGeometry | None = None
+    finding: tuple[Verdict, str] | None = None  # what verifications find instead
+    failure: EngineError | None = None  # what they end with instead
+    held: asyncio.Event | None = None  # what they wait for
+    verified: list[AdapterRef] = field(default_factory=list)
+
+    async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
+        assert self.geometry is not None
+        assert probe is PROBE
+        self.verified.append(adapter)
+        if self.held is not None:
+            await self.held.wait()
+        if self.failure is not None:
+            raise self.failure
+        weights = LoraWeights.read(Path(adapter.path), self.geometry)
+        assert weights.generation == adapter.generation
+        return report_on(weights, self.geometry, self.finding)
 
     @property
     def ready(self) -> Ready:
@@ -45,6 +68,35 @@ class TinyEngine(FakeEngine):
             base_identity=self.geometry.identity,
             linear_shapes=dict(self.geometry.linear_shapes),
         )
+
+
+def report_on(
+    weights: LoraWeights, geometry: BaseGeometry, finding: tuple[Verdict, str] | None
+) -> VerifyReport:
+    modules: list[ModuleFacts | None] = []
+    for name, (a, b) in weights.tensors.items():
+        scaling = weights.spec.scaling(name)
+        delta = scaling * update_norm(a, b)
+        modules.append(ModuleFacts(name, a.shape[0], scaling, delta, 10.0, delta / 10))
+    facts = summarize(weights, modules)
+    is_noop = len(facts.zero_modules) == len(modules)
+    plain: tuple[Verdict, str] = ("noop", "it is zero") if is_noop else ("ok", "it is not zero")
+    verdict, reason = finding or plain
+    return VerifyReport(
+        verdict=verdict,
+        reason=reason,
+        generation=weights.generation,
+        base=geometry.name,
+        base_identity=geometry.identity,
+        dtype="float32",
+        device="cpu",
+        tokens_from=PROBE.origin,
+        weights=facts,
+        shift=None,
+        peft=None,
+        warnings=(),
+        seconds=0.5,
+    )
 
 
 @dataclass
@@ -82,7 +134,9 @@ def make_stand(
 ) -> CatalogStand:
     engine = TinyEngine(tokenizer, geometry=geometry)
     metrics = Metrics(max_loras=4)
-    catalog = AdapterCatalog(root / "data", engine, metrics, reserved=("tiny", "gpt-4"), max_lora_rank=16)
+    catalog = AdapterCatalog(
+        root / "data", engine, metrics, reserved=("tiny", "gpt-4"), max_lora_rank=16, probe=PROBE
+    )
     app = create_app(
         engine=engine,
         adapters=catalog.registry,

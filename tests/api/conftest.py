@@ -24,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from loramux_adapters.errors import LoramuxError, UnknownAdapter
+from loramux_adapters.probe import Probe
+from loramux_adapters.verify_report import VerifyReport
 from loramux_server.api.app import ApiSettings, create_app
 from loramux_server.engine.interface import EngineState
 from loramux_server.engine.messages import (
@@ -89,6 +91,7 @@ class FakeEngine:
     tokenizer: PreTrainedTokenizerFast
     script: Script | None = None
     delay: float = 0.0
+    max_model_len: int = MAX_MODEL_LEN
     state: EngineState = "ready"
     stats: EngineStats | None = None
     not_ready: LoramuxError | None = None
@@ -104,7 +107,7 @@ class FakeEngine:
             base_name="org/tiny",
             base_identity="0123456789abcdef",
             architecture="LlamaForCausalLM",
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=self.max_model_len,
             vocab_size=len(self.tokenizer),
             device="cpu",
             dtype="float32",
@@ -124,6 +127,9 @@ class FakeEngine:
 
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         self.listeners.append(listener)
+
+    async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
+        raise AssertionError("the adapters of this stand have no files")
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
@@ -157,6 +163,11 @@ class FakeEngine:
                 for place, output in enumerate(outputs):
                     top = [(tokens[place], -0.5), (5, float("-inf")), (6, -3.0)][: call.params.logprobs]
                     output.logprobs = [TokenLogprobs(-0.5, top)]
+            if (top := call.params.prompt_logprobs) is not None:
+                outputs[0].prompt_logprobs = [
+                    TokenLogprobs(-float(place), [(5, -0.25), (6, -3.0)][:top], rank=place)
+                    for place in range(1, len(call.prompt))
+                ]
             return outputs
 
         return script
@@ -168,6 +179,7 @@ class FakeRecord:
     generation: str
     created: float = 1_700_000_000.5
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 class FakeLease:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loramux_server.engine.messages import TokenOutput
+from loramux_server.engine.messages import TokenLogprobs, TokenOutput
 from tests.api.conftest import Call, Stand
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -258,3 +258,75 @@ class TestStop:
         stand.engine.script = ends_with_a_word
         body = (await ask(client, False, stop_token_ids=[1])).json()
         assert (body["choices"][0]["text"], body["usage"]["completion_tokens"]) == ("Hello", 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echoed_prompt_is_scored(client: httpx.AsyncClient, stand: Stand, stream: bool) -> None:
+    """One entry for each token, the end token's too: whoever counts from the prompt's length finds the answer."""
+    prompt = stand.tokenizer.encode("Grüße <|im_end|> you")
+    response = await ask(
+        client, False, prompt=[prompt, [5]], echo=True, logprobs=1, n=2, max_tokens=4, stream=stream
+    )
+    parts: list[dict[str, Any]] = [{} for _ in range(4)]
+    texts = [""] * 4
+    for chunk in events(response) if stream else [response.json()]:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+            for name, values in choice["logprobs"].items():
+                parts[choice["index"]].setdefault(name, []).extend(values)
+    words = ["Grüße  you", "Grüße  you", stand.tokenizer.decode([5]), stand.tokenizer.decode([5])]
+    for index, logprobs in enumerate(parts):
+        tokens = prompt if index < 2 else [5]
+        assert texts[index] == words[index] + "Hello world"
+        scores = [None, *(-float(place) for place in range(1, len(tokens)))]
+        answer = stand.tokenizer.encode("Hello world<|im_end|>")
+        assert logprobs["token_logprobs"] == [*scores, *[-0.5] * len(answer)]
+        assert logprobs["top_logprobs"][0] is None
+        assert len(logprobs["top_logprobs"]) == len(logprobs["tokens"]) == len(tokens) + len(answer)
+        assert logprobs["text_offset"][len(tokens)] == len(words[index])
+        if index < 2:
+            assert logprobs["top_logprobs"][1][logprobs["tokens"][1]] == -1.0
+            assert logprobs["tokens"][1:][logprobs["tokens"][1:].index("<|im_end|>")] == "<|im_end|>"
+
+
+async def test_the_best_answers_are_returned(client: httpx.AsyncClient, stand: Stand) -> None:
+    texts = ["one", "two", "three", "four"]
+
+    def script(call: Call) -> list[TokenOutput]:
+        place = int(call.request_id.rpartition("-")[2])
+        assert call.params.logprobs == 0
+        outputs = stand.engine.saying(texts[place % 4])(call)
+        for output in outputs:
+            assert isinstance(output, TokenOutput)
+            output.logprobs = [TokenLogprobs(-1.0 * [3, 1, 4, 2][place % 4], [])]
+        return outputs  # type: ignore[return-value]
+
+    stand.engine.script = script
+    answer = (await ask(client, False, prompt=["a", "b"], n=2, best_of=4)).json()
+    assert [(one["index"], one["text"]) for one in answer["choices"]] == [
+        (0, "two"),
+        (1, "four"),
+        (2, "two"),
+        (3, "four"),
+    ]
+    assert answer["choices"][0]["logprobs"] is None
+    generated = 2 * sum(len(stand.tokenizer.encode(text)) + 1 for text in texts)
+    assert answer["usage"]["completion_tokens"] == generated
+
+
+@pytest.mark.parametrize("chat", [False, True])
+async def test_prompt_logprobs(client: httpx.AsyncClient, stand: Stand, chat: bool) -> None:
+    answer = (await ask(client, chat, prompt_logprobs=2)).json()
+    given = answer["prompt_logprobs"] if chat else answer["choices"][0]["prompt_logprobs"]
+    prompt = stand.engine.calls[0].prompt
+    assert given[0] is None
+    assert len(given) == len(prompt)
+    name = stand.tokenizer.decode([5])
+    for place, (token, entry) in enumerate(zip(prompt[1:], given[1:], strict=True), 1):
+        assert entry[str(token)]["logprob"] == -float(place)
+        assert entry[str(token)]["rank"] == place
+        if token != 5:
+            assert entry["5"] == {"logprob": -0.25, "rank": 1, "decoded_token": name}
+    plain = (await ask(client, chat)).json()
+    assert "prompt_logprobs" not in plain
+    assert "prompt_logprobs" not in plain["choices"][0]

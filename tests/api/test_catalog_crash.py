@@ -24,22 +24,31 @@ import torch
 from loramux_adapters.sources import stage_directory
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.weights import LoraWeights
-from loramux_server.catalog import AdapterCatalog, Options
+from loramux_adapters.probe import Probe
+from loramux_adapters.verify_report import VerifyReport, WeightFacts
+from loramux_server.catalog import AdapterCatalog
 from loramux_server.metrics import Metrics
+from loramux_server.publishing import Options
 
 data, seed = Path(sys.argv[1]), int(sys.argv[2])
 shapes = {f"layers.{i}.q_proj": (64, 64) for i in range(4)}
 
 class Engine:
-    stats = None
+    stats, state = None, "ready"
     ready = SimpleNamespace(
         base_name="org/tiny", base_identity="nf4:1234", linear_shapes=shapes, max_loras=4, lora_rows=64
     )
     def add_listener(self, listener): ...
     async def pin(self, adapters): ...
+    async def verify(self, adapter, probe):
+        await asyncio.sleep(0.005)
+        facts = WeightFacts((), 1.0, 1.0, (), ())
+        return VerifyReport("ok", "", adapter.generation, *[""] * 5, facts, None, None, (), 0.0)
 
 async def main():
-    catalog = AdapterCatalog(data, Engine(), Metrics(max_loras=4), reserved=("tiny",), max_lora_rank=16)
+    catalog = AdapterCatalog(
+        data, Engine(), Metrics(max_loras=4), reserved=("tiny",), max_lora_rank=16, probe=Probe(((1, 2),), "")
+    )
     async def upload(worker):
         source = data / f"source-{worker}"
         for number in range(10**6):
@@ -74,6 +83,7 @@ def test_a_kill_loses_nothing_acknowledged(number: int, tmp_path: Path) -> None:
         # The name may have moved on to an upload that was not acknowledged yet when the end came.
         newest = [entry.generation for entry in registry.get(name).history[:2]]
         assert generation in newest, f"{name} is not {generation[:12]}"
+        assert registry.verifications.outcome(generation) == "ok"
     for generation in store:  # also those that no name had time to point at
         store.verify(generation)
     for record in registry.list():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import httpx
 import openai
+import pydantic
 import pytest
 
 from loramux_adapters.errors import EngineError, LoramuxError, Overloaded
@@ -95,7 +99,8 @@ async def test_async_streams_side_by_side(async_api: openai.AsyncOpenAI, stand: 
     [
         ({"model": "nobody"}, openai.NotFoundError, "model_not_found", "model"),
         ({"temperature": 3}, openai.BadRequestError, "invalid_request", "temperature"),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "unsupported_parameter", "tools"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "invalid_request", "tools[0].function"),
+        ({"functions": [{"name": "f"}]}, openai.BadRequestError, "unsupported_parameter", "functions"),
         ({"max_tokens": 10**6}, openai.BadRequestError, "context_length_exceeded", "messages"),
     ],
 )
@@ -142,3 +147,119 @@ def test_trouble_in_the_middle_of_a_stream(api: openai.OpenAI, stand: Stand) -> 
     stream = api.chat.completions.create(model="tiny", messages=HELLO, stream=True)
     with pytest.raises(openai.APIError, match="the worker died"):
         list(stream)
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = 'Let me see. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.fixture
+def roomy(stand: Stand) -> Stand:
+    stand.engine.max_model_len = 4096
+    return stand
+
+
+def test_tool_calls(api: openai.OpenAI, roomy: Stand) -> None:
+    roomy.engine.script = roomy.engine.saying(CALL)
+    answer = api.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS)
+    choice = answer.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see. ")
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("add", '{"a": 1}')
+    # the answer can be sent back as it is, with a result
+    again: Any = [
+        *HELLO,
+        choice.message.to_dict(),
+        {"role": "tool", "tool_call_id": call.id, "content": "2"},
+    ]
+    api.chat.completions.create(model="tiny", messages=again, tools=TOOLS)
+    prompt = roomy.tokenizer.decode(roomy.engine.calls[-1].prompt)
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>' in prompt
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "content"),
+    [
+        ("auto", CALL, "Let me see. "),
+        ("required", '[{"name": "add", "arguments": {"a": 1}}]', ""),
+        ({"type": "function", "function": {"name": "add"}}, '{"a": 1}', ""),
+    ],
+)
+def test_tool_calls_streamed(api: openai.OpenAI, roomy: Stand, choice: Any, text: str, content: str) -> None:
+    roomy.engine.script = roomy.engine.saying(text)
+    with api.chat.completions.stream(
+        model="tiny", messages=HELLO, tools=TOOLS, tool_choice=choice, n=2, logprobs=True
+    ) as stream:
+        deltas = [
+            (chunk.chunk.choices[0].index, call)
+            for chunk in stream
+            if chunk.type == "chunk" and chunk.chunk.choices
+            for call in chunk.chunk.choices[0].delta.tool_calls or []
+        ]
+        final = stream.get_final_completion()
+    for index in range(2):
+        first, *rest = [call for place, call in deltas if place == index]
+        assert first.id
+        assert first.function is not None
+        assert (first.index, first.type, first.function.name) == (0, "function", "add")
+        assert first.function.arguments == ""
+        assert all(call.id is None and call.function is not None and not call.function.name for call in rest)
+        message = final.choices[index].message
+        assert (final.choices[index].finish_reason, message.content or "") == ("tool_calls", content)
+        assert message.tool_calls is not None
+        assert message.tool_calls[0].function.arguments == '{"a": 1}'
+        logprobs = final.choices[index].logprobs
+        assert logprobs is not None
+        assert logprobs.content is not None
+        assert "".join(entry.token for entry in logprobs.content) == text
+
+
+def test_text_beside_tools_is_text(api: openai.OpenAI, roomy: Stand) -> None:
+    roomy.engine.script = roomy.engine.saying("No need <tool")
+    answer = api.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS)
+    assert answer.choices[0].message.content == "No need <tool"
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason == "stop"
+    roomy.engine.script = roomy.engine.saying('{"a": 1', finish="length")
+    forced: Any = {"type": "function", "function": {"name": "add"}}
+    cut = api.chat.completions.create(model="tiny", messages=HELLO, tools=TOOLS, tool_choice=forced)
+    assert cut.choices[0].finish_reason == "length"
+
+
+def test_parsed_answers(api: openai.OpenAI, roomy: Stand) -> None:
+    class Point(pydantic.BaseModel):
+        x: int
+
+    roomy.engine.script = roomy.engine.saying('{"x": 3}')
+    answer = api.chat.completions.parse(model="tiny", messages=HELLO, response_format=Point)
+    assert answer.choices[0].message.parsed == Point(x=3)
+    assert roomy.engine.calls[-1].params.grammar is not None
+
+
+def test_the_embeddings_are_a_clear_404(api: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no embeddings"):
+        api.embeddings.create(model="tiny", input="x")
+
+
+def test_models_by_base_and_adapter(api: openai.OpenAI) -> None:
+    assert api.models.retrieve("tiny:pirate").id == "pirate"
+
+
+@pytest.mark.parametrize("size", [70_000, 20_000_000])
+def test_huge_headers_are_the_callers_fault(server_url: str, size: int) -> None:
+    """Also when they come to the real HTTP server, which may refuse them before we do."""
+    address = httpx.URL(server_url)
+    with socket.create_connection((address.host, address.port or 80), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):  # it may stop reading in the middle
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nx-big: " + b"a" * size + b"\r\n\r\n")
+        status = connection.recv(4096).split(b" ", 2)[1]
+    assert status in (b"400", b"431")
+    assert httpx.get(f"{server_url}/v1/models").status_code == 200
+
+
+async def test_large_headers_are_431(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/models", headers={"x-big": "a" * 70_000})
+    assert (response.status_code, response.json()["error"]["code"]) == (431, "headers_too_large")
+    assert (await client.get("/v1/models", headers={"x-big": "a" * 60_000})).status_code == 200

@@ -130,6 +130,21 @@ async def test_completion_faults_have_a_path(
         ([*HELLO, {"role": "user", "content": ["x"]}], "messages[1].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": [{"type": 1}]}], "messages[0].content[0].type"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].function"),
+        (
+            [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": "x",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}],
+                }
+            ],
+            "messages[0].tool_calls",
+        ),
     ],
 )
 async def test_message_faults_have_a_path(client: httpx.AsyncClient, messages: object, param: str) -> None:
@@ -140,7 +155,6 @@ async def test_message_faults_have_a_path(client: httpx.AsyncClient, messages: o
     ("message", "param"),
     [
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content[0].type"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, "tool_calls"),
         ({"role": "assistant", "content": "x", "function_call": {"name": "f"}}, "function_call"),
     ],
 )
@@ -153,19 +167,14 @@ async def test_what_messages_cannot_carry_is_named(
 
 
 REFUSED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": "f",
-    "response_format": {"type": "json_object"},
     "audio": {"voice": "x"},
     "modalities": ["text", "audio"],
     "prediction": {"type": "content", "content": "x"},
     "store": True,
     "suffix": "x",
     "guided_json": {},
-    "structured_outputs": {"regex": "a"},
-    "prompt_logprobs": 0,
     "skip_special_tokens": False,
     "echo": True,
     "chat_template": "x",
@@ -191,13 +200,15 @@ async def test_combinations_that_make_no_sense(client: httpx.AsyncClient) -> Non
     await refused(
         await completion(client, stream_options={"include_usage": True}), "stream_options", "invalid_request"
     )
-    await refused(await completion(client, n=2, best_of=3), "best_of", "unsupported_parameter")
-    await refused(await completion(client, echo=True, logprobs=1), "echo", "unsupported_parameter")
+    await refused(await completion(client, n=3, best_of=2), "best_of")
+    await refused(await completion(client, best_of=2, stream=True), "best_of")
+    await refused(await completion(client, prompt=["a"] * 20, best_of=20), "n")
+    await refused(await completion(client, prompt_logprobs=1, stream=True), "prompt_logprobs")
     await refused(await completion(client, min_tokens=5, max_tokens=4), "min_tokens")
     await refused(await chat(client, top_logprobs=3), "top_logprobs")
     await refused(await completion(client, prompt=["a"] * 20, n=16), "n")
     await refused(await completion(client, prompt=["a"] * 129), "prompt")
-    for fields in ({"best_of": 1}, {"n": 3, "best_of": 3}, {"n": 3, "best_of": 1}):
+    for fields in ({"best_of": 1}, {"n": 3, "best_of": 3}, {"n": 3, "best_of": 0}):
         assert (await completion(client, **fields)).status_code == 200
 
 

@@ -235,13 +235,13 @@ async def test_an_upload_is_streamed_to_disk(tmp_path: Path) -> None:
 
 
 async def test_the_loop_goes_on_while_an_adapter_is_checked(stand: CatalogStand, files: Files) -> None:
-    read = stand.catalog._publish
+    read = stand.catalog._publisher._store
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.3)
         return read(*arguments)
 
-    stand.catalog._publish = slow  # type: ignore[method-assign]
+    stand.catalog._publisher._store = slow  # type: ignore[method-assign]
     uploading = asyncio.create_task(stand.upload("a", files))
     gaps = []
     while not uploading.done():
@@ -279,8 +279,8 @@ async def test_a_broken_data_directory_tells_nothing(
 
 async def test_equal_parallel_uploads_with_a_key_are_one(stand: CatalogStand, files: Files) -> None:
     published = []
-    publish = stand.catalog._publish
-    stand.catalog._publish = lambda *a: published.append(a[0]) or publish(*a)  # type: ignore[method-assign, func-returns-value]
+    publish = stand.catalog._publisher._store
+    stand.catalog._publisher._store = lambda *a: published.append(a[0]) or publish(*a)  # type: ignore[method-assign, func-returns-value]
     answers = await asyncio.gather(*(stand.upload("a", files, key="k-1", overwrite="true") for _ in range(8)))
     assert {(answer.status_code, answer.content) for answer in answers} == {(201, answers[0].content)}
     assert published == ["a"]

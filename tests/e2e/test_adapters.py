@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.demo import demo_adapters
@@ -50,7 +50,7 @@ def upload(
     ]
     headers = {"idempotency-key": key} if key else {}
     data = {"name": name, **fields}
-    return httpx.post(f"{server.url}/v1/adapters", data=data, files=files, headers=headers, timeout=120)
+    return httpx.post(f"{server.url}/v1/adapters", data=data, files=files, headers=headers, timeout=300)
 
 
 def published(response: httpx.Response) -> str:
@@ -125,7 +125,7 @@ def test_a_replaced_adapter_answers_what_it_began(server: Server) -> None:
         stream = Stream(server, "swap", count)
         running = pool.submit(stream.run)
         stream.wait_until_it_talks()
-        new = published(upload(server, "swap", SENTIMENT, overwrite="true"))
+        new = published(upload(server, "swap", SENTIMENT, overwrite="true", verify="false"))
         assert len(stream.pieces) < count, "the stream had ended before the adapter was replaced"
         assert answer(server, "swap", few) == (other, new)
         assert (running.result().text, stream.generation) == (expected, old)
@@ -208,6 +208,35 @@ def test_hostile_uploads_harm_nobody(server: Server, tmp_path: Path) -> None:
     assert {card.id for card in server.openai.models.list()} == before
     assert staged(server) == []
     assert "Traceback" not in server.log.read_text()
+
+
+def test_an_upload_is_proven(server: Server, tmp_path: Path) -> None:
+    """While streams decode: what changes nothing is refused, what does something comes with figures."""
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    (zeros / CONFIG_FILE).write_bytes((PIRATE / CONFIG_FILE).read_bytes())
+    tensors = load_file(PIRATE / WEIGHTS_FILE)
+    save_file({k: v.zero_() if "lora_B" in k else v for k, v in tensors.items()}, zeros / WEIGHTS_FILE)
+    models = ["pirate", "demo"]
+    expected = {model: answer(server, model, 24)[0] for model in models}
+    with greedy_streams(server, models, 24) as streams:
+        refused = upload(server, "idle", zeros)
+        proven = upload(server, "proven", PIRATE)
+        accepted = upload(server, "idle", zeros, allow_noop="true")
+    assert {(stream.model, stream.text) for stream in streams} == set(expected.items())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_adapter")
+    assert "the adapter changes nothing: every lora_B is zero" in refused.json()["error"]["message"]
+    published(accepted)
+    assert accepted.json()["verification"]["verdict"] == "noop"
+    assert answer(server, "idle")[0] == answer(server, "demo")[0]
+    published(proven)
+    report = adapters(server, "proven")["verification"]["report"]  # type: ignore[index]
+    assert (report["verdict"], report["tokens_from"]) == ("ok", "4 built-in texts")
+    assert report["shift"]["positions"] == 128
+    assert report["shift"]["relative"] > 0.01
+    assert report["peft"]["relative_error"] <= report["peft"]["relative_bound"]
+    assert report["peft"]["top1_agreement"] == 1.0
+    assert adapters(server, "pirate")["verification"] is None
 
 
 def test_equal_parallel_uploads_make_one_adapter(server: Server) -> None:

@@ -10,9 +10,11 @@ at the end. Reads top down: options -> plan -> run -> (shards, merge, assets, ve
 
 from loramux_adapters.export.agreement import Agreement
 from loramux_adapters.export.options import (
+    Device,
     ExportOptions,
     Format,
     Onto,
+    Quantization,
     ServedDtype,
     VerifyOptions,
     WeightedAdapter,
@@ -31,6 +33,7 @@ __all__ = [
     "CANCELLED",
     "NOT_PROVEN",
     "Agreement",
+    "Device",
     "ExportOptions",
     "ExportPlan",
     "ExportProgress",
@@ -38,6 +41,7 @@ __all__ = [
     "Format",
     "Onto",
     "Proof",
+    "Quantization",
     "ServedDtype",
     "VerifyOptions",
     "WeightedAdapter",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from loramux_adapters.export.loaded import LoadedAdapter
 from loramux_adapters.export.options import Onto
-from loramux_adapters.export.plan import ExportPlan, LoadedAdapter, TensorPlan
+from loramux_adapters.export.plan import ExportPlan, TensorPlan
 from loramux_adapters.export.quantized import is_packed, quantize, read_packed
 from loramux_adapters.nf4 import NF4Weight, tensor_bytes
 
@@ -53,7 +54,7 @@ def read_linear(
     digest = hashlib.sha256(tensor_bytes(stored)).hexdigest()
     values = stored.to(plan.skeleton.dtype)
     del stored
-    quantized = quantize(values) if codes and tensor.nf4 else None
+    quantized = quantize(values, plan.options.device.value) if codes and tensor.nf4 else None
     keep = original or quantized is None
     return BaseLinear(values if keep else None, quantized, digest)
 

@@ -44,6 +44,20 @@ class ServedDtype(StrEnum):
     FP32 = "fp32"
 
 
+class Quantization(StrEnum):
+    """How the server holds the base: quantized to NF4, or with the checkpoint's own weights."""
+
+    NF4 = "nf4"
+    NONE = "none"
+
+
+class Device(StrEnum):
+    """Where the base is quantized: equal values give other scales on a GPU, so it is where it was served."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedAdapter:
     """An adapter directory and its factor in the sum of deltas."""
@@ -110,6 +124,9 @@ class ExportOptions:
     format: Format = Format.BF16
     onto: Onto = Onto.DEQUANTIZED
     served_dtype: ServedDtype = ServedDtype.AUTO
+    quantization: Quantization = Quantization.NF4
+    device: Device = Device.CPU
+    base_identity: str | None = None  # the quantization identity the base must have
     shard_bytes: int = 5 * 10**9
     verify: VerifyOptions = field(default_factory=VerifyOptions)
 
@@ -118,6 +135,11 @@ class ExportOptions:
             raise ExportError("name at least one adapter with --adapter", param="adapter")
         if self.shard_bytes < 1:
             raise ExportError("--shard-size must be positive", param="shard_size")
+        if self.quantization is Quantization.NONE and self.format is Format.NF4:
+            raise ExportError(
+                "--format nf4: a base served with --quantization none has no NF4 codes; choose bf16, fp16 or fp32",
+                param="format",
+            )
 
     @property
     def base_name(self) -> str:
@@ -172,6 +194,23 @@ def parse_served_dtype(text: str) -> ServedDtype:
     except ValueError:
         known = ", ".join(ServedDtype)
         raise ExportError(f"--served-dtype {text}: choose one of {known}", param="served_dtype") from None
+
+
+def parse_quantization(text: str) -> Quantization:
+    """Raises ExportError naming the choices."""
+    try:
+        return Quantization(text.lower())
+    except ValueError:
+        known = ", ".join(Quantization)
+        raise ExportError(f"--quantization {text}: choose one of {known}", param="quantization") from None
+
+
+def parse_device(text: str) -> Device:
+    """Raises ExportError naming the choices."""
+    try:
+        return Device(text.lower())
+    except ValueError:
+        raise ExportError(f"--device {text}: choose one of {', '.join(Device)}", param="device") from None
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:

@@ -22,11 +22,11 @@ import torch
 
 from loramux_adapters.errors import BaseModelError, ExportError
 from loramux_adapters.export.checkpoint import FLOATS, NAMES, Checkpoint, StoredTensor
-from loramux_adapters.export.options import ExportOptions, Format, Onto, ServedDtype, WeightedAdapter
+from loramux_adapters.export.loaded import LoadedAdapter, load_adapters
+from loramux_adapters.export.options import Device, ExportOptions, Format, Onto, Quantization, ServedDtype
 from loramux_adapters.export.quantized import OutputTensor, is_packed, output_tensors, packed_parts
 from loramux_adapters.export.skeleton import BaseSkeleton, read_skeleton, unmatched
 from loramux_adapters.safetensors_header import ITEM_BYTES
-from loramux_adapters.weights import LoraWeights
 
 FORMAT_DTYPES = {Format.BF16: torch.bfloat16, Format.FP16: torch.float16, Format.FP32: torch.float32}
 _SERVED = {
@@ -74,15 +74,6 @@ class ShardPlan:
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedAdapter:
-    """An adapter that passed the gate against this base, and its factor."""
-
-    name: str
-    weight: float
-    weights: LoraWeights
-
-
 @dataclass(frozen=True)
 class ExportPlan:
     """Everything `run_export` will do."""
@@ -117,7 +108,8 @@ class ExportPlan:
 
     @property
     def needs_identity(self) -> bool:
-        return self.stamp is not None or self.options.verify.prompts > 0
+        asked = self.options.base_identity is not None
+        return asked or self.stamp is not None or self.options.verify.prompts > 0
 
     @cached_property
     def peak_memory(self) -> int:
@@ -145,6 +137,7 @@ class ExportPlan:
             "format": self.options.format,
             "onto": self.options.onto,
             "served_dtype": str(self.served_dtype),
+            "quantization": [self.options.quantization, self.options.device],
             "shards": [(s.name, [t.source.name for t in s.tensors], s.num_bytes) for s in self.shards],
             "versions": [version(name) for name in ("loramux", "torch", "bitsandbytes")],
         }
@@ -163,17 +156,12 @@ def plan_export(options: ExportOptions) -> ExportPlan:
             "the checkpoint does not hold the tensors its config.json calls for: " + _listed(faults),
             param="model",
         )
-    if skeleton.prequantized and options.onto is Onto.ORIGINAL:
-        raise ExportError(
-            "--onto original: this base is stored as NF4 and has no 16-bit weights; use --onto dequantized",
-            param="onto",
-        )
-    adapters = tuple(_load(adapter, skeleton, options) for adapter in options.adapters)
-    _check_stamps(adapters)
+    _check_options(options, skeleton)
+    geometry = skeleton.geometry(options.base_name)
+    adapters = load_adapters(options.adapters, geometry)
     output_dtype = FORMAT_DTYPES.get(options.format, skeleton.dtype)
     targets = frozenset(name for adapter in adapters for name in adapter.weights.tensors)
     tensors = _TensorPlanner(options, checkpoint, skeleton, targets, NAMES[output_dtype]).plan()
-    geometry = skeleton.geometry(options.base_name)
     return ExportPlan(
         options=options,
         checkpoint=checkpoint,
@@ -186,23 +174,18 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     )
 
 
-def _load(adapter: WeightedAdapter, skeleton: BaseSkeleton, options: ExportOptions) -> LoadedAdapter:
-    if not adapter.path.is_dir():
-        raise ExportError(f"--adapter {adapter.path}: there is no such directory", param="adapter")
-    weights = LoraWeights.read(adapter.path, skeleton.geometry(options.base_name))
-    if not any(bool(b.any()) for _, b in weights.tensors.values()):
+def _check_options(options: ExportOptions, skeleton: BaseSkeleton) -> None:
+    if skeleton.prequantized and options.onto is Onto.ORIGINAL:
         raise ExportError(
-            f"--adapter {adapter.path}: changes nothing: every lora_B is zero, as before training",
-            param="adapter",
+            "--onto original: this base is stored as NF4 and has no 16-bit weights; use --onto dequantized",
+            param="onto",
         )
-    return LoadedAdapter(adapter.path.resolve().name, adapter.weight, weights)
-
-
-def _check_stamps(adapters: tuple[LoadedAdapter, ...]) -> None:
-    stamped = {a.name: a.weights.spec.base_identity for a in adapters if a.weights.spec.base_identity}
-    if len(set(stamped.values())) > 1:
-        names = ", ".join(stamped)
-        raise ExportError(f"the adapters {names} were trained on different bases", param="adapter")
+    if skeleton.prequantized and options.quantization is Quantization.NONE:
+        raise ExportError(
+            "--quantization none: this base is stored as NF4; leave the option out", param="quantization"
+        )
+    if options.device is Device.CUDA and not torch.cuda.is_available():
+        raise ExportError("--device cuda: torch finds no GPU here; use --device cpu", param="device")
 
 
 def _served_dtype(asked: ServedDtype, base: torch.dtype) -> torch.dtype:
@@ -242,7 +225,7 @@ class _TensorPlanner:
     def _linear(self, stored: StoredTensor, module: str) -> TensorPlan:
         shape = self.skeleton.linears[module]
         packed = is_packed(self.checkpoint, stored.name)
-        nf4 = packed or not self.skeleton.prequantized
+        nf4 = packed or (self.options.quantization is Quantization.NF4 and not self.skeleton.prequantized)
         to_codes = nf4 and self.options.format is Format.NF4
         outputs: tuple[OutputTensor, ...] = (OutputTensor(stored.name, self.dtype, shape),)
         if to_codes:

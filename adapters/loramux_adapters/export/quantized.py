@@ -37,12 +37,20 @@ class OutputTensor:
     shape: tuple[int, ...]
 
 
-def quantize(weight: torch.Tensor) -> NF4Weight:
+def quantize(weight: torch.Tensor, device: str = "cpu") -> NF4Weight:
     """NF4 with double quantization of `[N, K]` in F16, BF16 or F32 (arXiv 2305.14314, section 3).
 
-    Blocks of 64 are independent, so they are quantized piece by piece; the second level needs all block
-    scales.
+    The codes are computed on `device` and given back on the CPU.
     """
+    if device == "cpu":
+        return _quantize(weight)
+    codes = _quantize(weight.to(device))
+    codes.state.to("cpu")
+    return NF4Weight(codes.packed.cpu(), codes.state, codes.shape)
+
+
+def _quantize(weight: torch.Tensor) -> NF4Weight:
+    """Blocks of 64 are independent, so they are quantized piece by piece; the second level needs all scales."""
     shape = (weight.shape[0], weight.shape[1])
     flat = weight.reshape(-1)
     if flat.numel() <= PIECE:

@@ -18,7 +18,7 @@ from loramux_adapters.export.agreement import Agreement
 from loramux_adapters.export.checkpoint import write_json
 from loramux_adapters.export.journal import FinishedShard
 from loramux_adapters.export.merge import TensorOutcome
-from loramux_adapters.export.options import Format, Onto
+from loramux_adapters.export.options import Format, Onto, Quantization
 from loramux_adapters.export.plan import ExportPlan
 from loramux_adapters.export.verify import Proof
 from loramux_adapters.files import replace_file
@@ -82,6 +82,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
             "format": plan.options.format.value,
             "onto": plan.options.onto.value,
             "served_dtype": str(plan.served_dtype).removeprefix("torch."),
+            "quantization": plan.options.quantization.value,
             "dtype": str(plan.output_dtype).removeprefix("torch."),
             "tensor_bytes": plan.total_bytes,
         },
@@ -130,6 +131,7 @@ def _verification(proof: Proof | None) -> dict[str, Any] | None:
         return None
     return {
         "tokens": proof.tokens_from,
+        "tokens_sha256": proof.tokens_sha256,
         "compute_dtype": "float32",
         "required": proof.required,
         "passed": not proof.failures,
@@ -159,7 +161,7 @@ def _card(facts: Facts, report: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| base content (sha256) | `{report['base']['content_sha256']}` |",
-        *([f"| NF4 identity of the base | `{facts.identity}` |"] if facts.identity else []),
+        *([f"| quantization identity of the base | `{facts.identity}` |"] if facts.identity else []),
         *[f"| adapter generation | `{a.weights.generation}` ({a.name}) |" for a in plan.adapters],
         *_delta_rows(report["delta"]),
         "",
@@ -173,6 +175,8 @@ def _card(facts: Facts, report: dict[str, Any]) -> str:
 
 def _described(plan: ExportPlan) -> str:
     stored = "as bitsandbytes NF4" if plan.options.format is Format.NF4 else f"in {plan.options.format.value}"
+    if plan.options.quantization is Quantization.NONE:
+        return f"onto the unquantized weights it was served with, stored {stored}"
     if plan.options.onto is Onto.ORIGINAL:
         return f"onto the checkpoint's own 16-bit weights, stored {stored}"
     return f"onto the NF4 weights it was served with, stored {stored}"
@@ -197,7 +201,7 @@ def _proof_lines(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["This export was not compared with the served model."]
     lines = [
-        f"Compared with the served model (NF4 base and adapter) on {proof.export.positions} positions of "
+        f"Compared with the served model (the resident base and the adapter) on {proof.export.positions} positions of "
         f"{proof.tokens_from}:",
         "",
         "| | KL (nats) | top-1 agreement | max. logit difference | loss | served loss |",

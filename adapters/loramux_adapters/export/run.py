@@ -153,17 +153,27 @@ class _Steps:
             for outcome in shard.tensors
             if outcome.linear_sha256 is not None
         )
-        stamp = self._plan.stamp
+        self._check_identity(found)
+        return found
+
+    def _check_identity(self, found: str) -> None:
+        stamp, expected = self._plan.stamp, self._plan.options.base_identity
+        options = self._plan.options
+        quantizes = f"{options.base_name} quantizes to {found[:12]} on this {options.device}"
+        if expected is not None and expected != found:
+            shutil.rmtree(self._directory)
+            raise ExportError(
+                f"this is not the base that is served: {quantizes}, and {expected[:12]} is expected",
+                param="base_identity",
+                code="base_mismatch",
+            )
         if stamp is not None and stamp != found:
             shutil.rmtree(self._directory)
             raise ExportError(
-                f"the adapter was trained on another base: its stamp is {stamp[:12]}, "
-                f"{self._plan.options.base_name} "
-                f"quantizes to {found[:12]}",
+                f"the adapter was trained on another base: its stamp is {stamp[:12]}, {quantizes}",
                 param="adapter",
                 code="base_mismatch",
             )
-        return found
 
     def prove(self) -> Proof | None:
         if not self._plan.options.verify.prompts:

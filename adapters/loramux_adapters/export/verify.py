@@ -9,6 +9,8 @@ models in memory (see `streamed.py`); nothing is taken over from the merge.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,12 +20,12 @@ import torch
 from loramux_adapters.errors import ExportError
 from loramux_adapters.export.agreement import Agreement, AgreementMeter, shortfalls
 from loramux_adapters.export.checkpoint import Checkpoint
-from loramux_adapters.export.options import Format, Onto, VerifyOptions
+from loramux_adapters.export.options import Format, Onto, Quantization, VerifyOptions
 from loramux_adapters.export.plan import ExportPlan
-from loramux_adapters.export.prompts import PROMPTS
 from loramux_adapters.export.skeleton import read_skeleton
 from loramux_adapters.export.sources import ExportedSource, OtherBaseSource, Progress, ServedSource
 from loramux_adapters.export.streamed import StreamedModel
+from loramux_adapters.prompts import PROMPTS
 
 LOGITS_AT_ONCE = 2**21  # positions times vocabulary
 
@@ -43,16 +45,34 @@ class Proof:
     other: Agreement | None
     noise: Agreement | None
     tokens_from: str
+    tokens_sha256: str
     required: bool
     failures: tuple[str, ...]
+
+
+def verify_bytes(plan: ExportPlan) -> int:
+    """What a verification reads, without measuring the server's noise; 0 without a verification."""
+    if not plan.options.verify.prompts:
+        return 0
+    return (2 if _compares(plan) else 1) * plan.read_bytes + plan.total_bytes
+
+
+def _compares(plan: ExportPlan) -> bool:
+    """The other base is another one only where NF4 was served and the 16-bit weights are there."""
+    nf4 = plan.options.quantization is Quantization.NF4 and not plan.skeleton.prequantized
+    return plan.options.verify.compare and nf4
+
+
+def _onto_served(plan: ExportPlan) -> bool:
+    return plan.options.onto is Onto.DEQUANTIZED or plan.options.quantization is Quantization.NONE
 
 
 def verify_export(plan: ExportPlan, phases: Phases) -> Proof:
     """Compare `<out>.partial` with the served function. Raises ExportError if that cannot be done."""
     options = plan.options.verify
     texts = _Texts.read(plan, options)
-    compare = options.compare and not plan.skeleton.prequantized
-    progress = phases("verify", (2 if compare else 1) * plan.read_bytes + plan.total_bytes)
+    compare = _compares(plan)
+    progress = phases("verify", verify_bytes(plan))
     served = _Run(StreamedModel(plan.skeleton.config, ServedSource(plan, progress)), texts)
     exported = Checkpoint.open(plan.options.partial)
     skeleton = read_skeleton(plan.options.partial, exported)
@@ -60,7 +80,7 @@ def verify_export(plan: ExportPlan, phases: Phases) -> Proof:
     if compare:
         runs.append(_Run(StreamedModel(plan.skeleton.config, OtherBaseSource(plan, progress)), texts))
     export, *others = _compare(served, runs, texts.targets)
-    required = plan.options.format is not Format.NF4 and plan.options.onto is Onto.DEQUANTIZED
+    required = plan.options.format is not Format.NF4 and _onto_served(plan)
     failures = shortfalls(export, options) if required else ()
     noise = None
     if failures and not options.strict and plan.served_dtype != torch.float32:
@@ -69,7 +89,7 @@ def verify_export(plan: ExportPlan, phases: Phases) -> Proof:
         (noise,) = _compare(served, [rounded], texts.targets)
         failures = shortfalls(export, options, noise)
     other = others[0] if others else None
-    return Proof(export, other, noise, texts.origin, required, failures)
+    return Proof(export, other, noise, texts.origin, texts.sha256, required, failures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +114,12 @@ class _Texts:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = torch.tensor(row)
         return cls(padded, tuple(map(len, rows)), origin)
+
+    @property
+    def sha256(self) -> str:
+        """Of the token ids that were compared on, prompt by prompt."""
+        rows = [row[:length].tolist() for row, length in zip(self.token_ids, self.lengths, strict=True)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
     def targets(self) -> torch.Tensor:

@@ -7,9 +7,9 @@
 Reads top down: check -> (facts, served, reference, compare) -> twin; `report` is what comes out.
 """
 
+from loramux_adapters.probe import Probe
 from loramux_adapters.verify.check import Progress, verification_steps, verify_adapter
-from loramux_adapters.verify.probe import Probe
-from loramux_adapters.verify.report import LogitShift, ModuleFacts, PeftAgreement, VerifyReport, WeightFacts
+from loramux_adapters.verify_report import LogitShift, ModuleFacts, PeftAgreement, VerifyReport, WeightFacts
 
 __all__ = [
     "LogitShift",

@@ -11,12 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux_adapters.errors import AdapterUnavailable, BaseModelError
+from loramux_adapters.probe import DEFAULT_PROMPTS, DEFAULT_TOKENS, Probe
 from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.twin import twin_of
 from loramux_adapters.verify.compare import Comparison
 from loramux_adapters.verify.facts import summarize, weigh
-from loramux_adapters.verify.probe import DEFAULT_PROMPTS, DEFAULT_TOKENS, Probe
 from loramux_adapters.verify.reference import PeftAdapter, PeftDiffers
-from loramux_adapters.verify.report import (
+from loramux_adapters.verify.served import ServedAdapter
+from loramux_adapters.verify_report import (
     LogitShift,
     ModuleFacts,
     PeftAgreement,
@@ -24,8 +26,6 @@ from loramux_adapters.verify.report import (
     VerifyReport,
     WeightFacts,
 )
-from loramux_adapters.verify.served import ServedAdapter
-from loramux_adapters.verify.twin import twin_of
 from loramux_adapters.weights import LoraWeights
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from loramux_adapters.layers import MultiLoraLinear
 from loramux_adapters.nf4 import NF4Linear
 from loramux_adapters.spec import AdapterSpec
-from loramux_adapters.verify.report import ModuleFacts, WeightFacts
+from loramux_adapters.verify_report import ModuleFacts, WeightFacts
 from loramux_adapters.weights import LoraWeights
 
 _SMALLEST = 1e-12  # instead of a base weight's norm of zero

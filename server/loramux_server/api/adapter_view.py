@@ -20,13 +20,14 @@ from loramux_server.api.adapter_wire import (
     GenerationEntry,
     PlanBody,
     TierPlan,
+    Verification,
 )
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.messages import EngineStats
 
 
 class AdapterViews:
-    """Reads manifests the first time it shows a generation: call it from a thread."""
+    """Reads manifests the first time it shows a generation, and reports every time: call it from a thread."""
 
     def __init__(self, catalog: AdapterCatalog) -> None:
         self._catalog = catalog
@@ -37,7 +38,7 @@ class AdapterViews:
 
     def page(self, after: str | None, limit: int) -> AdapterList:
         records = self._catalog.registry.list(after=after, limit=limit + 1)
-        cards = [self.card(record) for record in records[:limit]]
+        cards = [self._card(record, self._verdict(record.generation)) for record in records[:limit]]
         return AdapterList(
             data=cards,
             first_id=cards[0].id if cards else None,
@@ -46,6 +47,9 @@ class AdapterViews:
         )
 
     def card(self, record: AdapterRecord) -> Adapter:
+        return self._card(record, self._verification(record.generation))
+
+    def _card(self, record: AdapterRecord, verification: Verification | None) -> Adapter:
         manifest, damage = self._manifest(record.generation)
         stats = self._catalog.engine.stats
         return Adapter(
@@ -64,6 +68,7 @@ class AdapterViews:
             dtype=manifest.dtype if manifest else None,
             bytes=manifest.num_bytes if manifest else None,
             base_model=manifest.base_model_name_or_path if manifest else None,
+            verification=verification,
             pinned=record.pinned,
             description=record.description,
             metadata=dict(record.metadata),
@@ -109,6 +114,16 @@ class AdapterViews:
         path = self._catalog.registry.store.path(record.generation)
         spec = AdapterSpec.from_config(json.loads((path / CONFIG_FILE).read_bytes()))
         return Footprint.of_spec(spec, geometry, record.generation)
+
+    def _verdict(self, generation: str) -> Verification | None:
+        outcome = self._catalog.registry.verifications.outcome(generation)
+        return None if outcome is None else Verification(outcome)
+
+    def _verification(self, generation: str) -> Verification | None:
+        found = self._catalog.registry.verifications.get(generation)
+        if found is None or found.report is None:
+            return self._verdict(generation)
+        return Verification(found.outcome, int(found.checked), found.report)
 
     def _names(self) -> dict[str, str]:
         """Generation -> a name of it."""

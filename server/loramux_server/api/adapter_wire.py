@@ -5,6 +5,7 @@ Bodies are strict, and a field that is not known is refused: a misspelt `overwri
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -12,9 +13,12 @@ from msgspec import UNSET, UnsetType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loramux_adapters.errors import RequestError
+from loramux_adapters.verifications import Outcome
+from loramux_adapters.verify_report import VerifyReport
+from loramux_server.api.models import SYSTEM_PROMPT
 from loramux_server.api.params import first_fault
 from loramux_server.api.protocol import SamplingBody
-from loramux_server.catalog import Options
+from loramux_server.publishing import Options
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
@@ -44,11 +48,13 @@ class AdapterOptions(Body):
     metadata: dict[str, Any] | None = None
     default_sampling: dict[str, Any] | None = None
 
-    def options(self, *, overwrite: bool = False) -> Options:
+    def options(self) -> Options:
         if self.default_sampling:
             check_default_sampling(self.default_sampling)
+        if not isinstance((self.metadata or {}).get(SYSTEM_PROMPT, ""), str):
+            param = f"metadata.{SYSTEM_PROMPT}"
+            raise RequestError(f"{param}: must be a string; it begins conversations", param=param)
         return Options(
-            overwrite=overwrite,
             pinned=self.pinned,
             description=self.description,
             metadata=self.metadata,
@@ -61,6 +67,13 @@ class NewAdapter(AdapterOptions):
 
     name: str = Field(min_length=1)
     overwrite: bool = False
+    verify: bool = True
+    allow_noop: bool = False
+
+    def options(self) -> Options:
+        return replace(
+            super().options(), overwrite=self.overwrite, verify=self.verify, allow_noop=self.allow_noop
+        )
 
 
 class PulledAdapter(NewAdapter):
@@ -105,6 +118,14 @@ class GenerationEntry(msgspec.Struct):
     origin: str | None
 
 
+class Verification(msgspec.Struct):
+    """`skipped` if the uploader chose so. Lists have the verdict only."""
+
+    verdict: Outcome
+    checked_at: int | UnsetType = UNSET
+    report: VerifyReport | UnsetType = UNSET
+
+
 class Adapter(msgspec.Struct, tag_field="object", tag="adapter"):
     """A registered adapter. What describes its files is null if they cannot be read any more."""
 
@@ -123,6 +144,7 @@ class Adapter(msgspec.Struct, tag_field="object", tag="adapter"):
     dtype: str | None
     bytes: int | None
     base_model: str | None
+    verification: Verification | None  # null: nobody asked for it, as for adapters from folders
     pinned: bool
     description: str
     metadata: dict[str, Any]

@@ -28,6 +28,7 @@ from loramux_server.api.wire import (
     PromptTokensDetails,
     Usage,
 )
+from loramux_server.engine.messages import TokenLogprobs
 
 
 @dataclass
@@ -38,6 +39,13 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     finish: FinishReason = "length"
+    tokens: int = 0
+    logprob: float = 0.0
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(self.tokens, 1)
 
     @property
     def text(self) -> str:
@@ -125,7 +133,23 @@ async def _collect(
             choice.texts.append(piece.text)
             choice.scored += piece.scored
             choice.finish = piece.finish or choice.finish
-    return shape.whole(choices, count.usage())
+            choice.tokens += piece.tokens
+            choice.logprob += piece.logprob
+            choice.prompt_scores += piece.prompt_scores or []
+    return shape.whole(_best(choices, ask), count.usage())
+
+
+def _best(choices: list[Choice], ask: Ask) -> list[Choice]:
+    """The likeliest ones of each prompt, per token, if fewer are returned than were generated."""
+    if ask.returned == ask.n:
+        return choices
+    kept = []
+    for begin in range(0, len(choices), ask.n):
+        ranked = sorted(choices[begin : begin + ask.n], key=lambda one: -one.mean_logprob)
+        kept += ranked[: ask.returned]
+    for index, choice in enumerate(kept):
+        choice.index = index
+    return kept
 
 
 async def _events(

@@ -13,17 +13,29 @@ from loramux_server.api import openapi
 from loramux_server.api.context import ApiContext, ApiSettings
 from loramux_server.api.middleware import Envelope
 from loramux_server.api.models import ModelNames
-from loramux_server.api.protocol import ChatBody, CompletionBody
+from loramux_server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from loramux_server.api.routes.adapters import ADAPTER_ANSWERS, ADAPTER_BODIES, adapters_router
 from loramux_server.api.routes.chat import chat_router
 from loramux_server.api.routes.completions import completions_router
+from loramux_server.api.routes.exports import EXPORT_ANSWERS, EXPORT_BODIES, exports_router
 from loramux_server.api.routes.models import models_router
 from loramux_server.api.routes.service import service_router
+from loramux_server.api.routes.tokens import tokens_router
 from loramux_server.api.routes.vllm import vllm_router
 from loramux_server.api.texts import Texts
-from loramux_server.api.wire import ChatCompletion, Completion, Health, ModelCard, ModelList, Version
+from loramux_server.api.wire import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Health,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    Version,
+)
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.interface import AdapterDirectory, EngineClient
+from loramux_server.exports.manager import ExportManager
 from loramux_server.metrics import Metrics
 
 __all__ = ["ApiSettings", "create_app"]
@@ -38,10 +50,11 @@ def create_app(
     metrics: Metrics,
     chat_template: str | None = None,
     catalog: AdapterCatalog | None = None,
+    exports: ExportManager | None = None,
 ) -> FastAPI:
     """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own.
 
-    Without a catalogue the routes that change adapters are not there.
+    Without a catalogue the routes that change adapters are not there, without `exports` those that export them.
     """
     api = ApiContext(
         engine=engine,
@@ -55,9 +68,11 @@ def create_app(
     app = FastAPI(
         title="loramux", version=settings.version, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    for router in (completions_router, chat_router, models_router, service_router):
+    for router in (completions_router, chat_router, tokens_router, models_router, service_router):
         app.include_router(router(api))
     if catalog is not None:
+        if exports is not None:
+            app.include_router(exports_router(api, catalog, exports))  # first: adapters' names have slashes
         app.include_router(adapters_router(api, catalog))
         app.include_router(vllm_router(api, catalog))
     for kind in (HTTPException, RequestValidationError):
@@ -65,10 +80,15 @@ def create_app(
     app.add_middleware(Envelope, metrics=metrics)
     openapi.install(
         app,
-        [CompletionBody, ChatBody, *(ADAPTER_BODIES if catalog else ())],
         [
-            *(Completion, ChatCompletion, ModelList, ModelCard, Health, Version),
+            *(CompletionBody, ChatBody, TokenizeBody, DetokenizeBody),
+            *(ADAPTER_BODIES if catalog else ()),
+            *(EXPORT_BODIES if exports else ()),
+        ],
+        [
+            *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard, Health, Version),
             *(ADAPTER_ANSWERS if catalog else ()),
+            *(EXPORT_ANSWERS if exports else ()),
         ],
     )
     return app

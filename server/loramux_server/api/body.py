@@ -25,6 +25,10 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadersTooLarge(RequestError):
+    code = "headers_too_large"
+
+
 class UnsupportedMediaType(RequestError):
     code = "unsupported_media_type"
 

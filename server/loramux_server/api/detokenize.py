@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -63,6 +63,10 @@ class Pieces:
         if known is None:
             known = self._bytes[token] = self._look_up(token)
         return known
+
+    def name_of(self, token: int) -> str:
+        """As the vocabulary writes it; empty for ids that the tokenizer lacks."""
+        return str(self._tokenizer.convert_ids_to_tokens(token) or "")
 
     def decode(self, tokens: Sequence[int]) -> str:
         text = self._tokenizer.decode(
@@ -114,23 +118,30 @@ def _decoder_steps(tokenizer: Any) -> frozenset[str] | None:
 class Detokenizer:
     """The text of one sequence."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, kept: frozenset[int] = frozenset()) -> None:
+        """`kept` are special tokens that are text here."""
         self._pieces = pieces
+        self._kept = kept
         self._joiner: _BytewiseJoiner | _WindowJoiner = (
             _BytewiseJoiner(pieces) if pieces.bytewise else _WindowJoiner(pieces)
         )
 
     def push(self, token: int) -> str:
         """The text that is certain with this token; often empty in the middle of a character."""
-        return "" if self._pieces.is_special(token) else self._joiner.push(token)
+        if not self._pieces.is_special(token):
+            return self._joiner.push(token)
+        if token not in self._kept:
+            return ""
+        return self._joiner.flush() + self._pieces.bytes_of(token).decode()
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""
         return self._joiner.flush()
 
     @classmethod
-    def text(cls, pieces: Pieces, tokens: Iterable[int]) -> str:
-        detokenizer = cls(pieces)
+    def text(cls, pieces: Pieces, tokens: Sequence[int], *, specials: bool = False) -> str:
+        """The text of `tokens`; special ones are named in it or left out."""
+        detokenizer = cls(pieces, frozenset(tokens) if specials else frozenset())
         return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
 
 

@@ -22,6 +22,7 @@ from loramux_adapters.errors import (
     AdapterUnavailable,
     ContextLengthExceeded,
     EngineError,
+    ExportError,
     InvalidAdapter,
     LoramuxError,
     Overloaded,
@@ -29,10 +30,18 @@ from loramux_adapters.errors import (
     StorageFull,
     TrainingError,
     UnknownAdapter,
+    UnknownExport,
 )
-from loramux_server.api.body import BodyTooLarge, UnsupportedMediaType
+from loramux_server.api.body import BodyTooLarge, HeadersTooLarge, UnsupportedMediaType
 from loramux_server.api.idempotency import KeyReused
 from loramux_server.api.uploads import CrossOrigin, UploadTimeout
+
+
+class NotServed(RequestError):
+    """A route that clients know from elsewhere."""
+
+    code = "not_found"
+
 
 # The most specific class wins. No 409: clients retry it, and our conflicts are permanent.
 STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
@@ -40,12 +49,16 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     KeyReused: (400, "invalid_request_error"),
     CrossOrigin: (403, "invalid_request_error"),
     UploadTimeout: (408, "invalid_request_error"),
+    NotServed: (404, "invalid_request_error"),
+    HeadersTooLarge: (431, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     UnsupportedMediaType: (415, "invalid_request_error"),
     UnknownAdapter: (404, "invalid_request_error"),
     InvalidAdapter: (400, "invalid_request_error"),
     AdapterConflict: (400, "invalid_request_error"),
     TrainingError: (400, "invalid_request_error"),
+    ExportError: (400, "invalid_request_error"),
+    UnknownExport: (404, "invalid_request_error"),
     AdapterUnavailable: (503, "server_error"),
     EngineError: (503, "server_error"),
     Overloaded: (429, "rate_limit_error"),

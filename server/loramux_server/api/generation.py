@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -19,15 +20,16 @@ from loramux_server.api.detokenize import Detokenizer, Pieces
 from loramux_server.api.errors import engine_failure
 from loramux_server.api.models import Target
 from loramux_server.api.stops import StopMatcher
-from loramux_server.api.wire import FinishReason
 from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import SamplingParams, TokenLogprobs, TokenOutput
 from loramux_server.metrics import Metrics
 
+EndReason = Literal["stop", "length"]
+
 
 @dataclass(frozen=True)
 class Ask:
-    """What one HTTP request asks of the engine: `n` sequences for each prompt."""
+    """What one HTTP request asks of the engine: `n` sequences for each prompt, of which the best are `returned`."""
 
     id: str
     target: Target
@@ -35,6 +37,13 @@ class Ask:
     n: int
     params: SamplingParams
     stops: tuple[str, ...]
+    best: int | None = None  # this many are returned; None: all
+    scores_end: bool = False  # the end token has an entry in the log-probabilities, too
+    kept_tokens: frozenset[int] = frozenset()  # special tokens that are part of the text
+
+    @property
+    def returned(self) -> int:
+        return self.n if self.best is None else self.best
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +63,12 @@ class Piece:
     text: str
     tokens: int
     scored: list[ScoredToken]
-    finish: FinishReason | None
+    finish: EndReason | None
     cached_tokens: int
+    logprob: float = 0.0  # of all its tokens, if they have any
+    prompt_scores: list[TokenLogprobs] | None = (
+        None  # once, if asked for: of the prompt's tokens but the first
+    )
 
 
 async def run(
@@ -75,7 +88,7 @@ async def _run_choice(
     prompt, params = ask.prompts[prompt_index], ask.params
     if params.seed is not None and choice:
         params = msgspec.structs.replace(params, seed=(params.seed + choice) % 2**63)
-    assembler = _Assembler(index, params, ask.stops, pieces)
+    assembler = _Assembler(index, params, ask, pieces)
     adapter = ask.target.name if ask.target.adapter else None
     with metrics.request(adapter, len(prompt) if choice == 0 else 0) as tracked:
         outputs = engine.generate(f"{ask.id}-{index}", prompt, params, ask.target.adapter)
@@ -97,11 +110,13 @@ async def _run_choice(
 class _Assembler:
     """One choice: tokens in, text out, stop strings cut off."""
 
-    def __init__(self, index: int, params: SamplingParams, stops: tuple[str, ...], pieces: Pieces) -> None:
+    def __init__(self, index: int, params: SamplingParams, ask: Ask, pieces: Pieces) -> None:
         self._index = index
         self._params = params
-        self._detokenizer = Detokenizer(pieces)
-        self._stops = StopMatcher(stops)
+        self._scores_end = ask.scores_end
+        self._detokenizer = Detokenizer(pieces, ask.kept_tokens)
+        self._stops = StopMatcher(ask.stops)
+        self._prompt_scores_due = params.prompt_logprobs is not None
         self._generated = 0
         self._length = 0  # characters decoded, held back or not
         self._unsent: list[ScoredToken] = []
@@ -109,13 +124,14 @@ class _Assembler:
     def take(self, output: TokenOutput) -> Piece:
         text = ""
         taken = 0
-        finish: FinishReason | None = None
+        finish: EndReason | None = None
         for place, token in enumerate(output.tokens):
             taken += 1
-            if output.finish == "stop" and place == len(output.tokens) - 1:
-                break  # the end token is no text
-            if output.logprobs:
+            is_end = output.finish == "stop" and place == len(output.tokens) - 1
+            if output.logprobs and (self._scores_end or not is_end):
                 self._unsent.append(ScoredToken(token, self._length, output.logprobs[place]))
+            if is_end:
+                break  # the end token is no text
             text += self._push(self._detokenizer.push(token))
             if self._stops.cut is not None:
                 finish = "stop"
@@ -123,7 +139,18 @@ class _Assembler:
         if finish is None and output.finish is not None:
             text += self._finish()
             finish = "stop" if output.finish == "stop" or self._stops.cut is not None else "length"
-        return Piece(self._index, text, taken, self._scored(text, finish), finish, output.cached_tokens)
+        scores = (output.prompt_logprobs or []) if self._prompt_scores_due else None
+        self._prompt_scores_due = False
+        return Piece(
+            self._index,
+            text,
+            taken,
+            self._scored(text, finish),
+            finish,
+            output.cached_tokens,
+            sum(one.logprob for one in (output.logprobs or [])[:taken]),
+            scores,
+        )
 
     def _push(self, text: str) -> str:
         self._generated += 1
@@ -137,7 +164,7 @@ class _Assembler:
         text = self._push(self._detokenizer.flush())
         return text if self._stops.cut is not None else text + self._stops.flush()
 
-    def _scored(self, text: str, finish: FinishReason | None) -> list[ScoredToken]:
+    def _scored(self, text: str, finish: EndReason | None) -> list[ScoredToken]:
         """Scores travel with the text they belong to; those of a stop string are dropped with it."""
         if not text and finish is None:
             return []

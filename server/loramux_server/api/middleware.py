@@ -16,11 +16,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loramux_server.api.body import HeadersTooLarge
 from loramux_server.api.errors import ErrorReply, reply_to
 from loramux_server.api.stream import event
 from loramux_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+MAX_HEADER_BYTES = 64 * 1024
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -37,6 +39,7 @@ class Envelope:
             return
         reply = _Reply(scope, receive, send)
         try:
+            _check_headers(scope)
             await self._app(scope, receive, reply.send)
         except ClientDisconnect:
             _log.debug("request %s: the client left", reply.request_id)
@@ -81,6 +84,15 @@ class _Reply:
         if self._is_stream:
             await self._send({"type": "http.response.body", "body": event(answer.body), "more_body": True})
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _check_headers(scope: Scope) -> None:
+    """The parser of the HTTP server has no bound of its own."""
+    size = len(scope.get("query_string", b"")) + sum(
+        len(name) + len(value) for name, value in scope["headers"]
+    )
+    if size > MAX_HEADER_BYTES:
+        raise HeadersTooLarge(f"the request's headers and query are larger than {MAX_HEADER_BYTES} bytes")
 
 
 def _request_id(scope: Scope) -> str:

@@ -18,6 +18,8 @@ from loramux_server.engine.messages import AdapterRef
 
 T = TypeVar("T")
 
+SYSTEM_PROMPT = "system_prompt"  # key of an adapter's metadata
+
 
 @dataclass(frozen=True)
 class Target:
@@ -62,6 +64,16 @@ class ModelNames:
         except UnknownAdapter:
             return values  # `lease` says so
         return {**values, **{name: value for name, value in defaults.items() if values.get(name) is None}}
+
+    def system_prompt(self, model: str) -> str | None:
+        """How the adapter of that name wants conversations to begin, by its metadata."""
+        if model in self.base_names:
+            return None
+        try:
+            prompt = self.adapter(model).metadata.get(SYSTEM_PROMPT)
+        except UnknownAdapter:
+            return None  # `lease` says so
+        return prompt if isinstance(prompt, str) else None
 
     def adapter(self, name: str) -> AdapterView:
         """The adapter of that name. Raises UnknownAdapter for anything else, the base's names included."""

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.api.errors import unsupported
-from loramux_server.api.protocol import SamplingBody
+from loramux_server.api.protocol import SamplingBody, Strict
 from loramux_server.engine.messages import Ready, SamplingParams
 
 Body = TypeVar("Body", bound=SamplingBody)
+AnyBody = TypeVar("AnyBody", bound=Strict)
 
 MAX_STOP_LENGTH = 256  # characters; the search for a stop string is linear in it for every token
 
@@ -32,10 +33,7 @@ class Budget:
 
 def validate(model: type[Body], values: dict[str, object], refused: Mapping[str, tuple[Any, ...]]) -> Body:
     """The body as `model`; `refused` maps the fields we cannot honour to their neutral values."""
-    try:
-        body = model.model_validate(values)
-    except ValidationError as error:
-        raise first_fault(error) from None
+    body = parse(model, values)
     for name, neutral in refused.items():
         value = values.get(name)
         if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
@@ -44,15 +42,34 @@ def validate(model: type[Body], values: dict[str, object], refused: Mapping[str,
     return body
 
 
+def parse(model: type[AnyBody], values: dict[str, object]) -> AnyBody:
+    """The body as `model`. Raises RequestError about its first fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise first_fault(error) from None
+
+
 def ignored_fields(body: SamplingBody, refused: Mapping[str, tuple[Any, ...]]) -> list[str]:
     """Names of the fields that nobody here knows."""
     names = [name for name in body.model_extra or {} if name not in refused]
     if body.stream_options:
         names += [f"stream_options.{name}" for name in body.stream_options.model_extra or {}]
+    if body.structured_outputs:
+        names += [f"structured_outputs.{name}" for name in body.structured_outputs.model_extra or {}]
     return names
 
 
-def sampling_params(body: SamplingBody, logprobs: int | None, max_tokens: int, base: Ready) -> SamplingParams:
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer has to come with, beside its text."""
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
+
+
+def sampling_params(body: SamplingBody, wanted: Wanted, max_tokens: int, base: Ready) -> SamplingParams:
     """What the engine is told. `n` and stop strings are not its business."""
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
@@ -74,7 +91,9 @@ def sampling_params(body: SamplingBody, logprobs: int | None, max_tokens: int, b
         min_tokens=min_tokens,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        logprobs=logprobs,
+        logprobs=wanted.logprobs,
+        prompt_logprobs=wanted.prompt_logprobs,
+        grammar=wanted.grammar,
     )
 
 
@@ -110,6 +129,8 @@ def fit(longest_prompt: int, budget: Budget, max_model_len: int) -> int:
 def _check_combinations(body: SamplingBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError("prompt_logprobs: not together with stream", param="prompt_logprobs")
 
 
 def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:

@@ -17,7 +17,6 @@ INT31, INT64 = 2**31, 2**63
 UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "prompt_logprobs": (),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "allowed_token_ids": (),
@@ -28,18 +27,14 @@ UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
     "logits_processors": ([],),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "response_format": ({"type": "text"},),
 }
 UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_COMMON, "suffix": ("",)}
 UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     **UNSUPPORTED_COMMON,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -60,6 +55,11 @@ UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
 def _kind(value: object) -> str:
     """The tag of a `string or list` field. Tags begin with @, so that error paths can leave them out."""
     return "@list" if isinstance(value, list) else "@text"
+
+
+def _object_kind(value: object) -> str:
+    """The tag of a `string or object` field."""
+    return "@object" if isinstance(value, dict) else "@text"
 
 
 def _prompt_kind(value: object) -> str:
@@ -87,6 +87,34 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None  # answers follow the schema exactly in any case
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's."""
+
+    json_: (
+        Annotated[
+            Annotated[str, Tag("@text")] | Annotated[dict[str, Any], Tag("@object")],
+            Discriminator(_object_kind),
+        ]
+        | None
+    ) = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class SamplingBody(Strict):
     """What completions and chat have in common."""
 
@@ -106,6 +134,9 @@ class SamplingBody(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Stop | None = None
     stop_token_ids: StopTokenIds | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Hints to a provider's bookkeeping: nothing in an answer depends on them.
@@ -130,7 +161,7 @@ class CompletionBody(SamplingBody):
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("@token_lists")],
         Discriminator(_prompt_kind),
     ]
-    best_of: int | None = Field(None, ge=1, le=20)
+    best_of: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
 
@@ -146,12 +177,52 @@ Content = Annotated[
 ]
 
 
+class CalledFunction(Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call in an earlier message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class FunctionSpec(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class FunctionName(Strict):
+    name: str
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("@text")] | Annotated[NamedTool, Tag("@object")],
+    Discriminator(_object_kind),
+]
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128, fail_fast=True)] | None = None
     function_call: dict[str, Any] | None = None
     refusal: str | None = None
 
@@ -164,4 +235,26 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None  # says something about `tools` only, which are refused
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class TokenizeBody(Strict):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=INT31)]], Field(fail_fast=True)]

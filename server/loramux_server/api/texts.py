@@ -7,7 +7,7 @@ knows the limits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -15,6 +15,7 @@ from jinja2.exceptions import TemplateError
 
 from loramux_adapters.errors import RequestError
 from loramux_server.api.detokenize import Pieces
+from loramux_server.api.tools import ToolPlan, for_template
 
 T = TypeVar("T")
 
@@ -38,12 +39,14 @@ class Texts:
         # Fast tokenizers cannot be used by two threads at once; long prompts must not hold the event loop.
         self._one_at_a_time = anyio.CapacityLimiter(1)
 
-    async def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain prompts, with the special tokens that the tokenizer adds by itself."""
-        return await self._off_loop(lambda: [list(self._tokenizer.encode(text)) for text in texts])
+    async def encode(self, texts: Sequence[str], *, specials: bool = True) -> list[list[int]]:
+        """Plain prompts, with the special tokens that the tokenizer adds by itself, or without."""
+        return await self._off_loop(
+            lambda: [list(self._tokenizer.encode(text, add_special_tokens=specials)) for text in texts]
+        )
 
-    async def encode_chat(self, messages: list[dict[str, str]], variables: Mapping[str, object]) -> list[int]:
-        """A conversation as the base's template writes it, ready for the assistant's turn."""
+    def chat_template(self, *, tools: bool = False) -> str:
+        """The template that writes conversations, with tools or without. Raises RequestError if there is none."""
         if self._chat_template is None and not self._tokenizer.chat_template:
             raise RequestError(
                 "this base has no chat template; use /v1/completions, or start the server with "
@@ -51,22 +54,53 @@ class Texts:
                 param="messages",
                 code="no_chat_template",
             )
+        if self._chat_template is not None:
+            return self._chat_template
+        try:
+            return str(self._tokenizer.get_chat_template(None, [{}] if tools else None))
+        except ValueError as error:  # several templates, none of them the default
+            raise RequestError(
+                "this base has several chat templates and no default; start the server with --chat-template",
+                param="messages",
+                code="no_chat_template",
+            ) from error
+
+    def marker_tokens(self, markers: Iterable[str]) -> frozenset[int]:
+        """Those of `markers` that are one special token of this tokenizer."""
+        ids = self._tokenizer.convert_tokens_to_ids(list(markers))
+        return frozenset(one for one in ids if one is not None and self.pieces.is_special(one))
+
+    async def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        variables: Mapping[str, object],
+        plan: ToolPlan | None = None,
+        *,
+        for_answer: bool = True,
+    ) -> list[int]:
+        """A conversation as the base's template writes it, up to where the assistant's turn begins if `for_answer`."""
+        template = self.chat_template(tools=plan is not None)
+        messages, tools = for_template(template, messages, plan)
         if reserved := sorted(_RESERVED & set(variables)):
             raise RequestError(
                 f"'{reserved[0]}' is not a variable of a chat template",
                 param=f"chat_template_kwargs.{reserved[0]}",
             )
-        return await self._off_loop(lambda: self._render(messages, variables))
-
-    def _render(self, messages: list[dict[str, str]], variables: Mapping[str, object]) -> list[int]:
-        try:
-            text = self._tokenizer.apply_chat_template(
+        return await self._off_loop(
+            lambda: self._render(
                 messages,
-                chat_template=self._chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **variables,
+                {
+                    **variables,
+                    "tools": tools,
+                    "chat_template": template,
+                    "add_generation_prompt": for_answer,
+                },
             )
+        )
+
+    def _render(self, messages: list[dict[str, Any]], options: Mapping[str, Any]) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         # A template is a program: on messages it was not written for it raises what programs raise.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             raise RequestError(

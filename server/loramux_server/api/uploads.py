@@ -30,7 +30,16 @@ from loramux_server.api.body import BodyTooLarge, UnsupportedMediaType
 
 ARCHIVE = "archive"
 FILES = (*ADAPTER_FILES, ARCHIVE)
-FIELDS = ("name", "description", "metadata", "default_sampling", "pinned", "overwrite")
+FIELDS = (
+    "name",
+    "description",
+    "metadata",
+    "default_sampling",
+    "pinned",
+    "overwrite",
+    "verify",
+    "allow_noop",
+)
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FRAMING_BYTES = 256 * 1024  # boundaries and headers of all parts
 IDLE_S = 60.0

@@ -14,12 +14,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
+from uuid import uuid4
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from loramux_adapters.errors import BaseModelError, EngineError, Overloaded
+from loramux_adapters.probe import Probe
+from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.interface import EngineState
 from loramux_server.engine.messages import (
     COMMAND_ENCODER,
@@ -37,6 +40,8 @@ from loramux_server.engine.messages import (
     Shutdown,
     StepOutput,
     TokenOutput,
+    Verified,
+    VerifyAdapter,
 )
 from loramux_server.engine.options import WorkerOptions
 
@@ -63,6 +68,7 @@ class WorkerClient:
         self._failure = ""
         self._restarts = 0
         self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._verifications: dict[str, asyncio.Future[Verified]] = {}
         self._pinned: list[AdapterRef] = []
         self._listeners: list[Callable[[StepOutput], None]] = []
         self._socket: zmq.asyncio.Socket | None = None
@@ -128,6 +134,22 @@ class WorkerClient:
                 with contextlib.suppress(EngineError):
                     await self._send(AbortRequest(request_id))
 
+    async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
+        if self._state not in ("ready", "draining"):
+            raise EngineError(f"the engine is {self._state}; try again shortly")
+        answer = self._verifications[verification_id := uuid4().hex] = asyncio.Future[Verified]()
+        try:
+            await self._send(VerifyAdapter(verification_id, adapter, probe))
+            verified = await answer
+        finally:
+            del self._verifications[verification_id]
+            if answer.cancelled() and self._state in ("ready", "draining"):
+                with contextlib.suppress(EngineError):
+                    await self._send(AbortRequest(verification_id))
+        if verified.report is None:
+            raise EngineError(f"the adapter could not be verified: {verified.error}")
+        return verified.report
+
     # --- life and death ----------------------------------------------------------------------------------------------
 
     async def start(self) -> Ready:
@@ -159,7 +181,7 @@ class WorkerClient:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._fail_streams("the server is shutting down")
+        self._fail_all("the server is shutting down")
         process = self._process
         if process is not None and process.returncode is None:
             if serving:
@@ -175,10 +197,7 @@ class WorkerClient:
 
     async def _launch(self) -> Ready:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "loramux_server.engine.worker",
-            stdin=asyncio.subprocess.PIPE,
+            sys.executable, "-m", "loramux_server.engine.worker", stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._options))
@@ -210,7 +229,7 @@ class WorkerClient:
             self._state = "restarting"
             reason = self._failure or "the worker ended unexpectedly"
             logger.error("%s; starting it again", reason)
-            self._fail_streams(f"the engine failed ({reason}) and is restarting")
+            self._fail_all(f"the engine failed ({reason}) and is restarting")
             await self._relaunch()
 
     async def _relaunch(self) -> None:
@@ -230,6 +249,8 @@ class WorkerClient:
         while (event := await self._next_event(exited)) is not None:
             if isinstance(event, StepOutput):
                 self._dispatch(event)
+            elif isinstance(event, Verified):
+                self._answer(event)
             elif isinstance(event, Fatal):
                 self._failure = event.message
 
@@ -242,12 +263,17 @@ class WorkerClient:
         for listener in self._listeners:
             listener(step)
 
-    def _fail_streams(self, message: str) -> None:
+    def _fail_all(self, message: str) -> None:
         for request_id, stream in self._streams.items():
-            failed = TokenOutput(
-                request_id, [], finish="error", error=message, error_code="engine_unavailable"
-            )
-            stream.put_nowait(failed)
+            output = TokenOutput(request_id, [], "error", error=message, error_code=EngineError.code)
+            stream.put_nowait(output)
+        for verification_id in self._verifications:
+            self._answer(Verified(verification_id, error=message))
+
+    def _answer(self, verified: Verified) -> None:
+        waiting = self._verifications.get(verified.id)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(verified)
 
     async def _next_event(self, exited: asyncio.Task[int]) -> Event | None:
         """The worker's next message; None when it has ended and all it said has been read."""

@@ -19,6 +19,7 @@ from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import ResidentBase
+from loramux_server.engine.constraints import Grammars
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.messages import (
     AdapterEviction,
@@ -52,8 +53,10 @@ class EngineOptions:
 
 
 class Engine:
-    def __init__(self, base: ResidentBase, options: EngineOptions) -> None:
+    def __init__(self, base: ResidentBase, options: EngineOptions, grammars: Grammars | None = None) -> None:
+        """Without `grammars` a request that has one is refused."""
         self.base = base
+        self.grammars = grammars
         self.options = options
         names = list(base.geometry.linear_shapes)
         modules, batch = layers.install(base.model, names)
@@ -70,11 +73,12 @@ class Engine:
             base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size
         )
         self.sequences: dict[str, Sequence] = {}
+        self._compiling: dict[str, Sequence] = {}  # wait for their grammar, in no queue yet
         self._steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self.bank.is_pinning
+        return self.scheduler.has_work or self.bank.is_pinning or bool(self._compiling)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises RequestError if it could never run."""
@@ -92,13 +96,20 @@ class Engine:
         if request.id in self.sequences:
             raise RequestError(f"request id '{request.id}' is in use", param="id")
         sequence = Sequence(request.id, request.prompt, request.params, request.adapter)
+        grammar = request.params.grammar
+        if grammar is not None and self.grammars is None:
+            raise RequestError("this engine has no tokenizer to constrain answers with", param="grammar")
         self.sequences[request.id] = sequence
-        self.scheduler.add(sequence)
+        if grammar is None or self.grammars is None:
+            self.scheduler.add(sequence)
+        else:
+            sequence.constraint = self.grammars.compile(grammar)
+            self._compiling[request.id] = sequence
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its blocks and its hold on the adapter are free at once. Unknown ids are ignored."""
         sequence = self.sequences.pop(request_id, None)
-        if sequence is not None:
+        if sequence is not None and self._compiling.pop(request_id, None) is None:
             self.scheduler.finish(sequence)
 
     def step(self) -> StepOutput:
@@ -106,8 +117,9 @@ class Engine:
         self._steps += 1
         self.bank.tier.tick += 1
         self.bank.keep_pinned()
+        outputs = self._queue_compiled()
         plan = self.scheduler.schedule()
-        outputs = [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
+        outputs += [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
         if plan.scheduled:
             logits = self.runner.run(plan.scheduled)
             outputs += self._postprocess(plan.scheduled, logits)
@@ -131,6 +143,20 @@ class Engine:
 
     def close(self) -> None:
         self.bank.close()
+        if self.grammars is not None:
+            self.grammars.close()
+
+    def _queue_compiled(self) -> list[TokenOutput]:
+        """Sequences whose grammar is ready go into the queue; those whose grammar is unusable fail."""
+        failures = []
+        for sequence in [
+            one for one in self._compiling.values() if one.constraint and one.constraint.is_ready
+        ]:
+            del self._compiling[sequence.id]
+            self.scheduler.add(sequence)
+            if sequence.constraint is not None and sequence.constraint.error:
+                failures.append(self._failure(sequence, sequence.constraint.error, RequestError.code))
+        return failures
 
     def _read_adapter(self, generation: str, path: str) -> LoraWeights:
         """The gate once more, and the hash: a file that changed under the store must not answer in its name."""
@@ -151,16 +177,24 @@ class Engine:
         return [self._advance(sequence, result) for sequence, result in zip(sampling, sampled, strict=True)]
 
     def _advance(self, sequence: Sequence, result: Sampled) -> TokenOutput:
+        constraint = sequence.constraint
+        if result.token is None and constraint is not None and constraint.error:
+            return self._failure(sequence, constraint.error, RequestError.code)
         if result.token is None:
             return self._failure(sequence, "the model's logits are not finite for this request", "not_finite")
         sequence.output.append(result.token)
+        if constraint is not None:
+            constraint.accept(result.token)
         finish = self._finish_reason(sequence, result.token)
         if finish is not None:
             sequence.finish = finish
             self.scheduler.finish(sequence)
             del self.sequences[sequence.id]
         logprobs = None if result.logprobs is None else [result.logprobs]
-        return TokenOutput(sequence.id, [result.token], finish=finish, logprobs=logprobs)
+        scores = sequence.prompt_scores if len(sequence.output) == 1 else []
+        return TokenOutput(
+            sequence.id, [result.token], finish=finish, logprobs=logprobs, prompt_logprobs=scores or None
+        )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
@@ -181,7 +215,7 @@ class Engine:
         return EngineStats(
             step=self._steps,
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self._compiling),
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_total=self.blocks.num_blocks,
             batch_tokens=sum(item.count for item in scheduled),

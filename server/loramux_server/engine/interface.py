@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from loramux_adapters.probe import Probe
+from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.messages import (
     AdapterRef,
     EngineStats,
@@ -52,6 +54,13 @@ class EngineClient(Protocol):
         """Keep exactly these adapters on the device, as room allows, across restarts of the worker too."""
         ...
 
+    async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
+        """Find out what a stored adapter does, between engine steps; they are verified one after another.
+
+        Raises EngineError when there is no worker, when it dies meanwhile, or when it cannot find out.
+        """
+        ...
+
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:
         """Call `listener` on the event loop with every step's output."""
         ...
@@ -74,6 +83,11 @@ class AdapterView(Protocol):
     @property
     def default_sampling(self) -> Mapping[str, object]:
         """Values for fields of a request that does not name them."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """Its owner's; `system_prompt` in it is used."""
         ...
 
 

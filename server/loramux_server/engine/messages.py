@@ -10,6 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from loramux_adapters.probe import Probe
+from loramux_adapters.verify_report import VerifyReport
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -34,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # beside the model's own end tokens
     logprobs: int | None = None  # None: none; k: the sampled token's and the top k
+    prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
+    grammar: str | None = None  # llguidance's own form, checked by the front: what the answer has to match
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -60,18 +65,30 @@ class PinAdapters(msgspec.Struct, tag="pin"):
     adapters: list[AdapterRef]
 
 
+class VerifyAdapter(msgspec.Struct, tag="verify"):
+    """Find out between engine steps what an adapter does; it need not be registered. One `Verified` answers."""
+
+    id: str
+    adapter: AdapterRef
+    probe: Probe
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Stop at once; the front has drained already."""
 
 
-Command = AddRequest | AbortRequest | PinAdapters | Shutdown
+Command = AddRequest | AbortRequest | PinAdapters | VerifyAdapter | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """Natural-log probabilities before temperature and filters: of the sampled token, and of the top k."""
+    """Natural-log probabilities before temperature and filters: of the sampled token, and of the top k.
+
+    `rank` is the token's place among all, from 1; counted for the tokens of prompts only.
+    """
 
     logprob: float
     top: list[tuple[int, float]]
+    rank: int = 0
 
 
 class TokenOutput(msgspec.Struct, omit_defaults=True):
@@ -81,6 +98,9 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     tokens: list[int]
     finish: FinishReason | None = None
     logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = (
+        None  # once, with the first token: of all prompt tokens but the first
+    )
     error: str | None = None  # with finish == "error": one sentence
     error_code: str | None = None
     cached_tokens: int = 0
@@ -141,6 +161,14 @@ class StepOutput(msgspec.Struct, tag="step"):
     evictions: list[AdapterEviction] = []
 
 
+class Verified(msgspec.Struct, tag="verified"):
+    """Exactly one of the two: what a verification found, or in one sentence why there was none."""
+
+    id: str
+    report: VerifyReport | None = None
+    error: str | None = None
+
+
 class Ready(msgspec.Struct, tag="ready"):
     """The base is resident. Everything the front must know of it; shapes are (out_features, in_features)."""
 
@@ -168,7 +196,7 @@ class Fatal(msgspec.Struct, tag="fatal"):
     message: str
 
 
-Event = StepOutput | Ready | Fatal
+Event = StepOutput | Verified | Ready | Fatal
 
 COMMAND_ENCODER = msgspec.msgpack.Encoder()
 COMMAND_DECODER = msgspec.msgpack.Decoder(Command)

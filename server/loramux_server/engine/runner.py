@@ -15,6 +15,7 @@ from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention import Chunk, KVCache, PagedBatch
+from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled
 
 
@@ -42,7 +43,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
-        """Logits `[samples, vocab]` in fp32 for the items that sample, in the order they were given."""
+        """Logits `[samples, vocab]` in fp32 for the items that sample, in the order they were given.
+
+        Prompts whose log-probabilities were asked for are scored on the way.
+        """
         # Decoding sequences first: attention runs them as one batch.
         order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].count > 1)
         items = [scheduled[i] for i in order]
@@ -56,14 +60,20 @@ class ModelRunner:
             rows += [item.sequence.generation] * item.count
         self.bank.set_adapter(rows)
         last_rows = self._sampling_rows(items, order, len(scheduled))
+        kept_rows = last_rows + self._scored_rows(items)
         device = self.base.device
         output = self.base.model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows or [0], device=device),
+            logits_to_keep=torch.tensor(kept_rows or [0], device=device),
             paged=self._paged_batch(items),
         )
+        row = len(last_rows)
+        for item in items:
+            if positions_of := item.sequence.unscored(item.count):
+                score_prompt(item.sequence, positions_of, output.logits[0, row : row + len(positions_of)])
+                row += len(positions_of)
         logits: torch.Tensor = output.logits[0, : len(last_rows)]
         return logits.float()
 
@@ -77,6 +87,17 @@ class ModelRunner:
             if item.samples:
                 last[index] = row - 1
         return [row for row in last if row is not None]
+
+    @staticmethod
+    def _scored_rows(items: list[Scheduled]) -> list[int]:
+        """Rows of the prompt tokens whose successors are to be scored, item after item."""
+        rows: list[int] = []
+        start = 0
+        for item in items:
+            first = item.sequence.num_computed
+            rows += [start + position - first for position in item.sequence.unscored(item.count)]
+            start += item.count
+        return rows
 
     def _paged_batch(self, items: list[Scheduled]) -> PagedBatch:
         size = self.cache.block_size

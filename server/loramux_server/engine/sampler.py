@@ -1,9 +1,9 @@
 """Logits -> tokens, row by row independent: what a request draws never depends on who shares its batch.
 
-Order of operations as in vLLM: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p, draw. The draw is the
-inverse of the cumulative distribution at one uniform number from a generator keyed by (seed, position), so a seed
-gives the same text in any batch, after a preemption too. Reported log-probabilities are the model's own, before any of
-this. Repetition penalty: Keskar et al. 2019, https://arxiv.org/abs/1909.05858; min_p: Nguyen et al. 2024,
+Order of operations as in vLLM: logit_bias, min_tokens, penalties, grammar, temperature, min_p, top_k, top_p, draw. The
+draw is the inverse of the cumulative distribution at one uniform number from a generator keyed by (seed, position), so a
+seed gives the same text in any batch, after a preemption too. Reported log-probabilities are the model's own, before any
+of this. Repetition penalty: Keskar et al. 2019, https://arxiv.org/abs/1909.05858; min_p: Nguyen et al. 2024,
 https://arxiv.org/abs/2407.01082; top_p: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
 """
 
@@ -20,6 +20,8 @@ from loramux_server.engine.sequence import Sequence
 
 # Filters look at this many of the most likely tokens first; a full sort of the vocabulary is the exception.
 _CANDIDATES = 256
+# Tokens of a prompt whose log-probabilities are computed together: a row is the whole vocabulary in fp32.
+_SCORED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class Sampled:
     logprobs: TokenLogprobs | None = None
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...]) -> list[Sampled]:
     """logits `[rows, vocab]` fp32 (overwritten), one row per sequence -> one token each."""
     logprobs = [
@@ -72,6 +75,34 @@ def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) 
         ids = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
+    if sequence.constraint is not None:
+        row.masked_fill_(~_unpack(sequence.constraint.allowed(), row), -torch.inf)
+
+
+def _unpack(bits: bytes, row: torch.Tensor) -> torch.Tensor:
+    """A bit per token id -> a boolean per logit; ids that the tokenizer lacks are never allowed."""
+    packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8).to(row.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=row.device)
+    allowed = ((packed[:, None] >> shifts) & 1).view(-1)[: row.numel()].bool()
+    missing = row.numel() - allowed.numel()
+    return torch.cat((allowed, allowed.new_zeros(missing))) if missing > 0 else allowed
+
+
+def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> None:
+    """Note how likely the prompt's tokens were. `logits` `[len(positions), vocab]`, of the tokens before them."""
+    count = sequence.params.prompt_logprobs
+    assert count is not None
+    for begin in range(0, len(positions), _SCORED_AT_ONCE):
+        chosen = positions[begin : begin + _SCORED_AT_ONCE]
+        part = torch.log_softmax(logits[begin : begin + len(chosen)].float(), -1)
+        tokens = torch.tensor([sequence.prompt[position + 1] for position in chosen], device=part.device)
+        own = part.gather(1, tokens[:, None])
+        ranks = (part > own).sum(-1) + 1
+        values, ids = torch.topk(part, count)  # of size 0 if none is wanted
+        for row in zip(own[:, 0].tolist(), ids.tolist(), values.tolist(), ranks.tolist(), strict=True):
+            logprob, top_ids, top_values, rank = row
+            top = list(zip(top_ids, top_values, strict=True))
+            sequence.prompt_scores.append(TokenLogprobs(logprob, top, rank))
 
 
 def _draw(row: torch.Tensor, sequence: Sequence) -> int:

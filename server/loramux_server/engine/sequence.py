@@ -8,8 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
-from loramux_server.engine.messages import AdapterRef, FinishReason, SamplingParams
+from loramux_server.engine.messages import AdapterRef, FinishReason, SamplingParams, TokenLogprobs
+
+
+class Matching(Protocol):
+    """What the answer has to match; `constraints.Constraint` is one."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    @property
+    def error(self) -> str: ...
+
+    def allowed(self) -> bytes: ...
+
+    def accept(self, token: int) -> None: ...
 
 
 class Status(Enum):
@@ -36,6 +51,8 @@ class Sequence:
     status: Status = Status.WAITING
     finish: FinishReason | None = None
     holds_adapter: bool = False
+    constraint: Matching | None = None
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt[1:], as far as computed
 
     @property
     def generation(self) -> str | None:
@@ -49,6 +66,13 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens known but not yet in the cache. 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    def unscored(self, count: int) -> range:
+        """Positions in the next `count` whose logits say how likely the prompt's next token was, still to be scored."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        stop = min(self.num_computed + count, len(self.prompt) - 1)
+        return range(max(self.num_computed, len(self.prompt_scores)), stop)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions start..stop of prompt + output."""

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 
 import msgspec
 import torch
@@ -21,6 +22,7 @@ import zmq
 
 from loramux_adapters.errors import LoramuxError, RequestError
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
+from loramux_server.engine.constraints import Grammars, read_tokenizer
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.messages import (
     COMMAND_DECODER,
@@ -34,39 +36,56 @@ from loramux_server.engine.messages import (
     Shutdown,
     StepOutput,
     TokenOutput,
+    VerifyAdapter,
 )
 from loramux_server.engine.options import WorkerOptions
 from loramux_server.engine.runner import kv_bytes_per_token
 from loramux_server.engine.scheduler import SchedulerLimits
 from loramux_server.engine.sizing import plan_sizes
+from loramux_server.engine.verification import Verifications
 
 logger = logging.getLogger("loramux.worker")
 
 _IDLE_POLL_MS = 1000
-_LOADING_POLL_MS = 2  # everything runnable waits for an adapter that is being read
+_LOADING_POLL_MS = 2  # everything runnable waits for files that are being read
 
 
 class Worker:
-    """The loop between the socket and the engine."""
+    """The loop between the socket and the engine: receive -> step -> send, and a slice of a verification."""
 
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
         self.engine = engine
         self.socket = socket
+        self.verifications = Verifications(engine.base)
         self._refused: list[TokenOutput] = []
 
     def run(self) -> None:
         """Until Shutdown."""
         timeout = 0
-        while self._receive(timeout):
-            if not self.engine.has_work:
-                self._send_refused()
-                timeout = _IDLE_POLL_MS
-                continue
-            output = self.engine.step()
-            output.outputs[:0] = self._refused
-            self._refused = []
-            self._send(output)
-            timeout = 0 if output.stats.batch_tokens else _LOADING_POLL_MS
+        with closing(self.verifications):
+            while self._receive(timeout):
+                decoding = self._step()
+                verified = self.verifications.advance(decoding=decoding)
+                if verified is not None:
+                    self._send(verified)
+                timeout = self._patience_ms(decoding)
+
+    def _step(self) -> bool:
+        """One step of the engine, if it has work; whether anything ran in it."""
+        if not self.engine.has_work:
+            self._send_refused()
+            return False
+        output = self.engine.step()
+        output.outputs[:0] = self._refused
+        self._refused = []
+        self._send(output)
+        return output.stats.batch_tokens > 0
+
+    def _patience_ms(self, decoding: bool) -> int:
+        """How long the loop may wait for a command before it goes on by itself."""
+        if decoding or (self.verifications.has_work and not self.verifications.is_reading):
+            return 0
+        return _LOADING_POLL_MS if self.engine.has_work or self.verifications.has_work else _IDLE_POLL_MS
 
     def _receive(self, timeout_ms: int) -> bool:
         """Apply every command that has come; wait up to `timeout_ms` for the first. False on Shutdown."""
@@ -83,8 +102,11 @@ class Worker:
                         self._refused.append(refusal)
                 case AbortRequest():
                     self.engine.abort(command.id)
+                    self.verifications.abort(command.id)
                 case PinAdapters():
                     self.engine.bank.pin({one.generation: one.path for one in command.adapters})
+                case VerifyAdapter():
+                    self.verifications.add(command)
                 case Shutdown():
                     return False
             timeout_ms = 0
@@ -145,7 +167,9 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
         max_cpu_loras=options.max_cpu_loras,
         lora_rows=sizes.lora_rows,
     )
-    return Engine(base, engine_options), describe(base, engine_options)
+    vocab_size, end_tokens = base.config.vocab_size, base.eos_token_ids
+    grammars = Grammars(lambda: read_tokenizer(options.model, options.revision, vocab_size, end_tokens))
+    return Engine(base, engine_options, grammars), describe(base, engine_options)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -111,3 +112,58 @@ def test_no_such_model(export: Callable[..., Result], adapter: Path, tmp_path: P
     result = export("export", "--model", "not a model", "--adapter", adapter, "--out", tmp_path / "merged")
     assert result.exit_code == 1
     assert "--model not a model: neither a directory nor a model the hub gives" in result.stderr
+
+
+def test_progress_for_programs(export: Callable[..., Result], adapter: Path, tmp_path: Path) -> None:
+    arguments = ("--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged", "--verify", 1)
+    result = export("export", *arguments, "--json", "--progress", "json")
+    plan, *said = map(json.loads, result.stderr.splitlines())
+    assert (plan["event"], list(plan["phases"])) == ("plan", ["merge", "verify"])
+    last = {line["phase"]: line for line in said}
+    assert {phase: (line["done"], line["total"]) for phase, line in last.items()} == {
+        phase: (total, total) for phase, total in plan["phases"].items()
+    }
+    assert json.loads(result.stdout)["report"]["verification"]["passed"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--base-identity", "0" * 64), "this is not the base that is served: org/tiny quantizes to"),
+        (("--quantization", "int8"), "--quantization int8: choose one of nf4, none"),
+        (
+            ("--quantization", "none", "--format", "nf4"),
+            "--format nf4: a base served with --quantization none",
+        ),
+        (("--device", "tpu"), "--device tpu: choose one of cpu, cuda"),
+        pytest.param(
+            ("--device", "cuda"),
+            "--device cuda: torch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_how_the_base_was_held(
+    export: Callable[..., Result], adapter: Path, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    arguments = ("--model", "demo", "--adapter", adapter, "--out", tmp_path / "merged", "--verify", 0)
+    result = export("export", *arguments, *words)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert list(tmp_path.glob("merged*")) == []
+
+
+def test_a_moved_branch_and_a_revision(
+    export: Callable[..., Result],
+    bases: Callable[[str], Path],
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    snapshots = tmp_path / "models--org--tiny" / "snapshots"
+    snapshots.mkdir(parents=True)
+    (snapshots / ("a" * 40)).symlink_to(bases("llama"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    arguments = ("--model", "org/tiny", "--adapter", adapter, "--out", tmp_path / "merged", "--dry-run")
+    assert export("export", *arguments, "--revision", "a" * 40).exit_code == 0
+    assert export("export", *arguments, "--revision", "b" * 40).exit_code == 1

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from loramux_adapters.errors import ExportError
 from loramux_adapters.export import (
+    Device,
     ExportOptions,
     Format,
     Onto,
+    Quantization,
     VerifyOptions,
     WeightedAdapter,
     plan_export,
@@ -191,3 +193,50 @@ def test_an_adapter_of_another_base_is_refused(
         run(bases("llama"), stamp("0" * 64), tmp_path / "merged", verify=VerifyOptions(prompts=0))
     assert caught.value.code == "base_mismatch"
     assert list(tmp_path.glob("merged*")) == []
+
+
+def test_a_base_that_was_served_without_quantization(
+    bases: Callable[[str], Path], adapter: Path, tmp_path: Path
+) -> None:
+    """Untargeted linears are the checkpoint's own, and the sum is compared with the unquantized function."""
+    base = bases("llama")
+    some = make_adapter(tmp_path / "some", base, Recipe({"target_modules": ["q_proj"]}, size=0.1))
+    held = base_identity((name, weight) for name, weight in linears(base).items())
+    result = run(base, some, tmp_path / "merged", quantization=Quantization.NONE, base_identity=held)
+    before, after = (load_file(d / "model.safetensors") for d in (base, result.out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight" for name in linears(base) if name.endswith("q_proj")}
+    assert result.proof.required
+    assert result.proof.export.kl <= 1e-5
+    assert result.report["export"]["quantization"] == "none"
+    quantized = run(base, some, tmp_path / "other", onto=Onto.DEQUANTIZED)
+    assert quantized.report["base"]["quantization_identity"] != held
+
+
+def test_a_prequantized_base_was_not_served_without_quantization(
+    nf4_base: Path, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", bases("mistral"), Recipe({"target_modules": ["k_proj"]}))
+    with pytest.raises(ExportError, match="--quantization none: this base is stored as NF4"):
+        run(nf4_base, adapter, tmp_path / "merged", quantization=Quantization.NONE)
+
+
+def test_what_was_compared_on_is_in_the_report(
+    bases: Callable[[str], Path], adapter: Path, tmp_path: Path
+) -> None:
+    hashes = set()
+    for number, text in enumerate(("The gulls knew first.", "They left at noon.", "The gulls knew first.")):
+        verify = VerifyOptions(prompts=1, texts=(text,))
+        result = run(bases("llama"), adapter, tmp_path / str(number), verify=verify)
+        hashes.add(result.report["verification"]["tokens_sha256"])
+    assert len(hashes) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_base_that_was_served_on_a_gpu(bases: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
+    base = bases("llama")
+    held = base_identity((name, NF4Weight.quantize(weight.cuda())) for name, weight in linears(base).items())
+    result = run(base, adapter, tmp_path / "merged", device=Device.CUDA, base_identity=held)
+    assert result.report["base"]["quantization_identity"] == held
+    assert result.proof.failures == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from loramux_adapters.export.journal import JOURNAL
 from loramux_adapters.export.sources import ServedSource
 
 SHORT = VerifyOptions(prompts=1, tokens=16)
+KILLS = int(os.environ.get("SOAK_EXPORT_KILLS", "5"))
+SEED = os.environ.get("SOAK_EXPORT_SEED", "11")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -46,17 +49,21 @@ def plan(bases: Callable[[str], Path], adapter: Path, tmp_path: Path) -> ExportP
     return plan_export(options)
 
 
+@pytest.mark.timeout(300 + 40 * KILLS)
 def test_killed_at_random_points(bases: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(bases("llama"), tmp_path / "base")
     shutil.copytree(adapter, tmp_path / "adapter")
     driver = Path(__file__).with_name("kill_driver.py")
     done = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path), "5", "11"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(driver), str(tmp_path), str(KILLS), SEED],
+        capture_output=True,
+        text=True,
+        timeout=280 + 40 * KILLS,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["different"] == []
-    assert result["interrupted"] >= 5
+    assert result["interrupted"] >= KILLS
 
 
 def test_a_cancelled_export_goes_on_where_it_stopped(plan: ExportPlan, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class AdapterRoutes:
         return await self._repeats.once(key, _digest("pull", values), lambda: self._publish(body, stage))
 
     async def _publish(self, body: NewAdapter, stage: Callable[[], Staged]) -> bytes:
-        published = await self._catalog.publish(body.name, stage, body.options(overwrite=body.overwrite))
+        published = await self._catalog.publish(body.name, stage, body.options())
         card = await asyncio.to_thread(self._views.card, published.record)
         card.warnings = list(published.warnings)
         return msgspec.json.encode(card)
@@ -202,7 +202,7 @@ def _describe_create() -> dict[str, Any]:
 def _typed(fields: Mapping[str, str]) -> dict[str, object]:
     """The texts of a form as the values that JSON would have."""
     values: dict[str, object] = dict(fields)
-    for name in ("pinned", "overwrite"):
+    for name in ("pinned", "overwrite", "verify", "allow_noop"):
         if name in fields:
             values[name] = _FLAGS.get(fields[name].strip().lower(), fields[name])
     for name in ("metadata", "default_sampling"):

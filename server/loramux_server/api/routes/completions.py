@@ -16,14 +16,23 @@ from loramux_server.api.answer import Choice, count_sequences, ignored_fields_he
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.detokenize import Detokenizer, Pieces
-from loramux_server.api.errors import unsupported
 from loramux_server.api.generation import Ask, Piece, ScoredToken
 from loramux_server.api.identity import Identity
-from loramux_server.api.logprobs import completion_logprobs
+from loramux_server.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from loramux_server.api.openapi import describe
-from loramux_server.api.params import Budget, fit, ignored_fields, sampling_params, stop_strings, validate
+from loramux_server.api.params import (
+    Budget,
+    Wanted,
+    fit,
+    ignored_fields,
+    sampling_params,
+    stop_strings,
+    validate,
+)
 from loramux_server.api.protocol import UNSUPPORTED_COMPLETION, CompletionBody
-from loramux_server.api.wire import Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage
+from loramux_server.api.structured import grammar_of
+from loramux_server.api.wire import Completion, CompletionChoice, CompletionLogprobs, Usage
+from loramux_server.engine.messages import TokenLogprobs
 
 
 def completions_router(api: ApiContext) -> APIRouter:
@@ -34,19 +43,30 @@ def completions_router(api: ApiContext) -> APIRouter:
         """Continue a prompt, or several."""
         values = api.models.with_defaults(await read_object(request, api.settings.max_body_bytes))
         body = validate(CompletionBody, values, UNSUPPORTED_COMPLETION)
-        _check(body)
+        sequences = _check(body)
+        grammar = await grammar_of(body)
         base = api.engine.ready
         with ExitStack() as held:
             target = held.enter_context(api.models.lease(body.model))
             prompts = await _prompts(api, body, base.vocab_size)
-            n = body.n or 1
-            count_sequences(len(prompts), n, api.settings.max_sequences_per_request)
+            count_sequences(len(prompts), sequences, api.settings.max_sequences_per_request)
             budget = Budget(body.max_tokens, api.settings.default_max_tokens, "prompt")
             max_tokens = fit(max(map(len, prompts)), budget, base.max_model_len)
-            params = sampling_params(body, body.logprobs, max_tokens, base)
-            ask = Ask(f"cmpl-{uuid4().hex}", target, prompts, n, params, stop_strings(body))
+            wanted = Wanted(_logprobs(body, sequences), _prompt_logprobs(body), grammar)
+            params = sampling_params(body, wanted, max_tokens, base)
+            ask = Ask(
+                id=f"cmpl-{uuid4().hex}",
+                target=target,
+                prompts=prompts,
+                n=sequences,
+                params=params,
+                stops=stop_strings(body),
+                best=body.n or 1,
+                # Whoever wants the prompt scored counts entries: there has to be one for each token.
+                scores_end=bool(body.echo),
+            )
             echoes = _echoes(body, prompts, api.texts.pieces)
-            shape = CompletionShape(Identity.of(ask, base), ask, api.texts.pieces, echoes)
+            shape = CompletionShape(Identity.of(ask, base), ask, api.texts.pieces, echoes, body)
             response = await respond(request, api, ask, shape, body, held)
         response.headers.update(ignored_fields_header(ignored_fields(body, UNSUPPORTED_COMPLETION)))
         return response
@@ -60,54 +80,84 @@ class CompletionShape:
     ask: Ask
     pieces: Pieces
     echoes: Sequence[str]  # for each prompt, what comes before its answers
+    body: CompletionBody
+
+    @property
+    def _echo_is_scored(self) -> bool:
+        return bool(self.body.echo) and self.body.logprobs is not None
 
     def opening(self) -> Iterable[Completion]:
         for index in range(len(self.ask.prompts) * self.ask.n):
-            if echo := self._echo(index):
+            if (echo := self._echo(index)) and not self._echo_is_scored:
                 yield self._completion([CompletionChoice(index, echo, None, None)])
 
     def chunks(self, piece: Piece) -> Iterable[Completion]:
+        if self._echo_is_scored and piece.prompt_scores is not None:
+            scores = self._echoed(piece.index, piece.prompt_scores)
+            yield self._completion([CompletionChoice(piece.index, self._echo(piece.index), scores, None)])
         if piece.text or piece.finish:
-            yield self._completion([self._choice(piece.index, piece.text, piece.scored, piece.finish)])
+            scored = self._logprobs(piece.index, piece.scored)
+            yield self._completion([CompletionChoice(piece.index, piece.text, scored, piece.finish)])
 
     def empty_chunk(self) -> Completion:
         return self._completion([])
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion:
-        completion = self._completion(
-            [
-                self._choice(one.index, self._echo(one.index) + one.text, one.scored, one.finish)
-                for one in choices
-            ]
-        )
+        completion = self._completion([self._whole_choice(one) for one in choices])
         completion.usage = usage
         return completion
+
+    def _whole_choice(self, one: Choice) -> CompletionChoice:
+        logprobs = self._logprobs(one.index, one.scored)
+        if logprobs is not None and self._echo_is_scored:
+            logprobs = joined(self._echoed(one.index, one.prompt_scores), logprobs)
+        choice = CompletionChoice(one.index, self._echo(one.index) + one.text, logprobs, one.finish)
+        if (top := self.body.prompt_logprobs) is not None:
+            prompt = self._prompt(one.index)
+            choice.prompt_logprobs = prompt_logprobs(self.pieces, prompt, one.prompt_scores, top)
+        return choice
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         who = self.identity
         return Completion(who.id, who.created, who.model, who.fingerprint, choices)
 
-    def _choice(
-        self, index: int, text: str, scored: Sequence[ScoredToken], finish: FinishReason | None
-    ) -> CompletionChoice:
-        logprobs: CompletionLogprobs | None = None
-        if (top := self.ask.params.logprobs) is not None:
-            logprobs = completion_logprobs(self.pieces, scored, top, len(self._echo(index)))
-        return CompletionChoice(index, text, logprobs, finish)
+    def _logprobs(self, index: int, scored: Sequence[ScoredToken]) -> CompletionLogprobs | None:
+        if (top := self.body.logprobs) is None:
+            return None
+        return completion_logprobs(self.pieces, scored, top, len(self._echo(index)))
+
+    def _echoed(self, index: int, scores: Sequence[TokenLogprobs]) -> CompletionLogprobs:
+        top = self.body.logprobs or 0
+        return echoed_logprobs(self.pieces, self._prompt(index), scores, top, self._echo(index))
 
     def _echo(self, index: int) -> str:
-        return self.echoes[index // self.ask.n]
+        return self.echoes[index // self.ask.returned]
+
+    def _prompt(self, index: int) -> Sequence[int]:
+        return self.ask.prompts[index // self.ask.returned]
 
 
-def _check(body: CompletionBody) -> None:
-    if body.best_of not in (None, 1, body.n or 1):
-        raise unsupported(
-            "best_of", "best_of other than 1 or n is not supported: no choice is thrown away here"
+def _check(body: CompletionBody) -> int:
+    """How many answers to generate for each prompt."""
+    n = body.n or 1
+    best_of = body.best_of or n
+    if best_of < n:
+        raise RequestError(f"best_of is {best_of}, but n is {n}: it cannot be smaller", param="best_of")
+    if best_of > n and body.stream:
+        raise RequestError(
+            "best_of: not together with stream; which answers are best is known at the end", param="best_of"
         )
-    if body.echo and body.logprobs is not None:
-        raise unsupported(
-            "echo", "echo together with logprobs is not supported: prompts have no log-probabilities yet"
-        )
+    return best_of
+
+
+def _logprobs(body: CompletionBody, sequences: int) -> int | None:
+    return 0 if body.logprobs is None and sequences > (body.n or 1) else body.logprobs
+
+
+def _prompt_logprobs(body: CompletionBody) -> int | None:
+    if not body.echo or body.logprobs is None:
+        return body.prompt_logprobs
+    return max(body.logprobs, body.prompt_logprobs or 0)
 
 
 async def _prompts(api: ApiContext, body: CompletionBody, vocab_size: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from loramux_adapters.errors import EngineError
 from loramux_server.api.context import ApiContext
+from loramux_server.api.errors import NotServed
 from loramux_server.api.openapi import describe_answer
 from loramux_server.api.wire import Health, Version
 
@@ -26,6 +27,11 @@ def service_router(api: ApiContext) -> APIRouter:
     @router.get("/version", openapi_extra=describe_answer(Version))
     async def version() -> Response:
         return Response(msgspec.json.encode(Version(api.settings.version)), media_type="application/json")
+
+    @router.api_route("/v1/embeddings", methods=["GET", "POST"], include_in_schema=False)
+    async def embeddings() -> Response:
+        """Many clients look whether it is there."""
+        raise NotServed("this server has no embeddings: its models answer with text")
 
     # Load generators probe with HEAD before they read.
     @router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)

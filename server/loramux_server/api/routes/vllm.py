@@ -17,7 +17,8 @@ from loramux_adapters.sources import Staged, stage_directory
 from loramux_server.api.adapter_wire import LoadLoraBody, UnloadLoraBody, parse
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
-from loramux_server.catalog import AdapterCatalog, Options
+from loramux_server.catalog import AdapterCatalog
+from loramux_server.publishing import Options
 
 
 def vllm_router(api: ApiContext, catalog: AdapterCatalog) -> APIRouter:

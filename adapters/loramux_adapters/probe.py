@@ -1,4 +1,7 @@
-"""The fixed token sequences that a model is run on: texts of several registers, or fixed ids without a tokenizer."""
+"""The fixed token sequences that a model is run on: texts of several registers, or fixed ids without a tokenizer.
+
+No torch at import: a front without a model reads the texts for the process that has one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from loramux_adapters.errors import BaseModelError
-from loramux_adapters.export.prompts import PROMPTS
+from loramux_adapters.prompts import PROMPTS
 
 DEFAULT_PROMPTS = 4
 DEFAULT_TOKENS = 64
@@ -36,6 +37,8 @@ class Probe:
         cls, vocabulary: int, *, prompts: int = DEFAULT_PROMPTS, length: int = DEFAULT_TOKENS
     ) -> Probe:
         """Pseudo-random ids, the same at every call: they compare two functions, if not in their usual range."""
+        import torch
+
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(vocabulary, (prompts, length), generator=generator).tolist()
         return cls(tuple(map(tuple, rows)), f"{prompts} sequences of pseudo-random tokens")

@@ -1,4 +1,4 @@
-"""The texts an export is compared on when none are given: eight registers, each long enough for 160 tokens.
+"""The texts that models are compared on when none are given: eight registers, each long enough for 160 tokens.
 
 Written for this purpose; what they say does not matter, that they differ in kind does.
 """

@@ -1,0 +1,210 @@
+"""/v1/adapters/{name}/exports: merged checkpoints as jobs, with progress, events and downloads."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from loramux_adapters.errors import RequestError, UnknownAdapter
+from loramux_server.api.adapter_view import AdapterViews
+from loramux_server.api.adapter_wire import parse
+from loramux_server.api.body import read_object
+from loramux_server.api.context import ApiContext
+from loramux_server.api.export_download import ExportDownload
+from loramux_server.api.export_wire import (
+    AdapterExport,
+    AdapterExportDeleted,
+    AdapterExportEvent,
+    AdapterExportEvents,
+    AdapterExportList,
+    ExportBody,
+    ExportProgressView,
+    event_view,
+    progress_view,
+    view,
+)
+from loramux_server.api.idempotency import Idempotency, key_of
+from loramux_server.api.openapi import describe, describe_answer
+from loramux_server.api.stream import DONE, EventStream, encode_event
+from loramux_server.catalog import AdapterCatalog
+from loramux_server.exports.manager import ExportManager
+from loramux_server.exports.run import Export
+
+EXPORT_BODIES: list[type[BaseModel]] = [ExportBody]
+EXPORT_ANSWERS: list[type[msgspec.Struct]] = [
+    *(AdapterExport, AdapterExportList, AdapterExportEvents, AdapterExportEvent, AdapterExportDeleted),
+    ExportProgressView,
+]
+SECONDS_BETWEEN_PROGRESS = 1.0
+
+
+class _ExportId(Convertor[str]):
+    """So that an adapter whose name has "/exports/" in it is not taken for an export."""
+
+    regex = "export-[0-9a-f]{16}"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("export_id", _ExportId())
+
+
+def exports_router(api: ApiContext, catalog: AdapterCatalog, exports: ExportManager) -> APIRouter:
+    """To be included before the adapters' routes, whose names have slashes in them."""
+    router = APIRouter()
+    routes = ExportRoutes(api, catalog, exports)
+    every = "/v1/adapters/{name:path}/exports"
+    one = f"{every}/{{export_id:export_id}}"
+    table: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
+        ("POST", every, routes.create, describe(ExportBody, AdapterExport)),
+        ("GET", every, routes.page, describe_answer(AdapterExportList)),
+        ("GET", one, routes.show, describe_answer(AdapterExport)),
+        ("DELETE", one, routes.delete, describe_answer(AdapterExportDeleted)),
+        ("GET", f"{one}/events", routes.events, describe_answer(AdapterExportEvents)),
+        ("POST", f"{one}/cancel", routes.cancel, describe_answer(AdapterExport)),
+        ("GET", f"{one}/download", routes.download, {}),
+    ]
+    table[0][3]["responses"]["201"] = table[0][3]["responses"].pop("200")
+    for method, path, endpoint, extra in table:
+        status = 201 if endpoint == routes.create else 200
+        router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, status_code=status)
+    for path in dict.fromkeys(path for _, path, *_ in table):
+        _refuse_others(router, path, {method for method, other, *_ in table if other == path})
+    return router
+
+
+def _refuse_others(router: APIRouter, path: str, methods: set[str]) -> None:
+    """405 with all methods of the path: the router by itself names those of its first route only."""
+    allow = {"Allow": ", ".join(sorted(methods))}
+
+    async def refuse() -> Response:
+        raise HTTPException(405, headers=allow)
+
+    others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - methods)
+    router.add_api_route(path, refuse, methods=others, include_in_schema=False)
+
+
+class ExportRoutes:
+    def __init__(self, api: ApiContext, catalog: AdapterCatalog, exports: ExportManager) -> None:
+        self._api = api
+        self._registry = catalog.registry
+        self._adapters = AdapterViews(catalog)
+        self._exports = exports
+        self._repeats = Idempotency()
+
+    async def create(self, name: str, request: Request) -> Response:
+        """Queue an export of an adapter, or of several with weights."""
+        values = await read_object(request, self._api.settings.max_body_bytes)
+        body = parse(ExportBody, values)
+
+        async def work() -> bytes:
+            adapter = self._registry.resolve(name).name
+            export = await self._exports.create(adapter, self._merged(name, adapter, body), body.request())
+            return msgspec.json.encode(view(export))
+
+        digest = hashlib.sha256(json.dumps(["export", name, values], sort_keys=True).encode()).hexdigest()
+        answer = await self._repeats.once(key_of(request), digest, work)
+        return Response(answer, 201, media_type="application/json")
+
+    async def page(
+        self, name: str, after: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> Response:
+        """The exports of an adapter, newest first, also of one that is deleted."""
+        if f"{name}/exports" in self._registry:  # an adapter may be called that
+            return _json(await asyncio.to_thread(self._adapters.one, f"{name}/exports"))
+        found = self._exports.of(name)
+        if not found:
+            self._registry.get(name)
+        start = 0 if after is None else 1 + found.index(self._exports.get(name, after))
+        page = [view(export) for export in found[start : start + limit]]
+        answer = AdapterExportList(
+            data=page,
+            first_id=page[0].id if page else None,
+            last_id=page[-1].id if page else None,
+            has_more=len(found) > start + limit,
+        )
+        return _json(answer)
+
+    async def show(self, name: str, export_id: str) -> Response:
+        """One export, with its report when there is one."""
+        return await self._answer(self._exports.get(name, export_id))
+
+    async def cancel(self, name: str, export_id: str) -> Response:
+        """Stop an export that waits or runs; what it had written is removed."""
+        return await self._answer(await self._exports.cancel(name, export_id))
+
+    async def delete(self, name: str, export_id: str) -> Response:
+        """Forget an export and remove its files."""
+        await self._exports.delete(name, export_id)
+        return _json(AdapterExportDeleted(export_id))
+
+    async def events(self, name: str, export_id: str, request: Request, stream: bool = False) -> Response:
+        """What happened so far; with `stream` also what happens from now on, and the progress."""
+        export = self._exports.get(name, export_id)
+        if stream:
+            return await EventStream.open(request.receive, self._follow(export), ExitStack(), {})
+        events = [event_view(event) for event in export.job.events]
+        return _json(AdapterExportEvents(events, events[0].id, events[-1].id))
+
+    async def download(self, name: str, export_id: str) -> Response:
+        """The files of a finished export as a tar."""
+        with ExitStack() as held:
+            export = held.enter_context(self._exports.reading(name, export_id))
+            files = await asyncio.to_thread(export.folder.files)
+            return ExportDownload(export.job, files, held.pop_all())
+
+    async def _answer(self, export: Export) -> Response:
+        return _json(view(export, await asyncio.to_thread(export.folder.report)))
+
+    async def _follow(self, export: Export) -> AsyncGenerator[bytes, None]:
+        said, clock = 0, asyncio.get_running_loop().time
+        told = clock() - SECONDS_BETWEEN_PROGRESS
+        async with aclosing(self._exports.watch(export)) as changes:
+            async for _ in changes:
+                events = export.job.events[said:]
+                said += len(events)
+                for event in events:
+                    yield encode_event(event_view(event))
+                if events or clock() - told >= SECONDS_BETWEEN_PROGRESS:
+                    told = clock()
+                    yield encode_event(progress_view(export))
+        yield DONE
+
+    def _merged(self, path_name: str, adapter: str, body: ExportBody) -> list[tuple[str, float]]:
+        """Every adapter of the merge exists, is named once, and the path's is among them."""
+        merged = body.merged(path_name)
+        names = [self._resolved(index, item.name) for index, item in enumerate(merged)]
+        if adapter not in names:
+            raise RequestError(
+                f"adapters: '{adapter}', which the path names, must be among them", param="adapters"
+            )
+        if len(set(names)) < len(names):
+            raise RequestError("adapters: an adapter is named twice; add up its weights", param="adapters")
+        return [(item.name, item.weight) for item in merged]
+
+    def _resolved(self, index: int, name: str) -> str:
+        try:
+            return self._registry.resolve(name).name
+        except UnknownAdapter:
+            param = f"adapters[{index}].name"
+            raise UnknownAdapter(f"{param}: there is no adapter named {name[:200]!a}", param=param) from None
+
+
+def _json(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), 200, media_type="application/json")

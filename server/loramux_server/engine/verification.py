@@ -1,0 +1,128 @@
+"""Adapters under verification, one at a time and a slice at a time, on the thread that owns the device.
+
+Promises: the served model is not touched (see `loramux_adapters.verify`); files are read on a thread of their own; while
+requests run a verification gets a quarter of the time, and all of it otherwise; whatever an adapter does in it is an
+answer and not the worker's end, unless the device may be poisoned. What a report means for an upload is the front's
+business.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from loramux_adapters.errors import AdapterUnavailable, LoramuxError
+from loramux_adapters.verify import Progress, VerifyReport, verification_steps
+from loramux_adapters.weights import LoraWeights
+from loramux_server.base.loading import ResidentBase
+from loramux_server.engine.messages import AdapterRef, Verified, VerifyAdapter
+
+logger = logging.getLogger(__name__)
+
+_REST = 3.0  # times as long as a slice took, decoding goes on alone
+
+_Steps = Generator[Progress, None, VerifyReport]
+
+
+class Verifications:
+    """The queue and the one that is under way. All methods are for the thread that owns the device."""
+
+    def __init__(self, base: ResidentBase, clock: Callable[[], float] = time.monotonic) -> None:
+        self._base = base
+        self._clock = clock
+        self._waiting: deque[VerifyAdapter] = deque()
+        self._current: VerifyAdapter | None = None
+        self._reading: Future[LoraWeights] | None = None
+        self._steps: _Steps | None = None
+        self._rests_until = 0.0
+        self._reader = ThreadPoolExecutor(
+            1, "verification-reader", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self._current is not None or bool(self._waiting)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the next slice waits for files."""
+        return self._reading is not None and not self._reading.done()
+
+    def add(self, command: VerifyAdapter) -> None:
+        self._waiting.append(command)
+
+    def abort(self, verification_id: str) -> None:
+        """Drop a verification nobody waits for any more. Unknown ids are ignored."""
+        self._waiting = deque(one for one in self._waiting if one.id != verification_id)
+        if self._current is not None and self._current.id == verification_id:
+            self._end()
+
+    def advance(self, *, decoding: bool) -> Verified | None:
+        """Do the next slice, unless it is decoding's turn; the answer, when that was the last one."""
+        if self._current is None:
+            if not self._waiting:
+                return None
+            self._current = self._waiting.popleft()
+            self._reading = self._reader.submit(self._read, self._current.adapter)
+        started = self._clock()
+        if self.is_reading or (decoding and started < self._rests_until):
+            return None
+        answer = self._attempt(self._current)
+        if answer is not None:
+            self._end()
+        now = self._clock()
+        self._rests_until = now + _REST * (now - started)
+        return answer
+
+    def close(self) -> None:
+        self._end()
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _attempt(self, command: VerifyAdapter) -> Verified | None:
+        try:
+            report = self._slice(command)
+        except LoramuxError as error:
+            return Verified(command.id, error=error.message)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and self._base.device.type != "cpu":
+                raise  # it may come from the device, of which nothing can be trusted then
+            logger.exception("the verification of adapter %s failed", command.adapter.generation[:12])
+            return Verified(command.id, error=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return None if report is None else Verified(command.id, report)
+
+    def _slice(self, command: VerifyAdapter) -> VerifyReport | None:
+        if self._reading is not None:
+            weights, self._reading = self._reading.result(), None
+            self._steps = verification_steps(self._base.model, self._base.geometry, weights, command.probe)
+        assert self._steps is not None
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            report: VerifyReport = end.value
+            return report
+        return None
+
+    def _end(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._steps is not None:
+            self._steps.close()
+        self._current = self._reading = self._steps = None
+
+    def _read(self, adapter: AdapterRef) -> LoraWeights:
+        """On the reader's thread. The gate once more: what is verified is what the generation is."""
+        importlib.import_module("peft")  # takes seconds the first time, here where nobody waits for it
+        try:
+            weights = LoraWeights.read(Path(adapter.path), self._base.geometry)
+        except (OSError, MemoryError) as error:
+            raise AdapterUnavailable(f"its files cannot be read: {error}") from error
+        if weights.generation != adapter.generation:
+            raise AdapterUnavailable("its files are damaged: their hash differs")
+        return weights

@@ -1,0 +1,177 @@
+"""response_format, structured_outputs and tool_choice: what the engine is told, and what is refused before it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
+
+from loramux_server.api import structured
+from tests.api.conftest import Stand
+from tests.api.test_requests import chat, completion, refused
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def follows(stand: Stand, text: str) -> bool:
+    """Whether the grammar that the engine was last given accepts `text` as a whole."""
+    grammar = stand.engine.calls[-1].params.grammar
+    assert grammar is not None
+    matcher = LLMatcher(from_tokenizer(stand.tokenizer), grammar, log_level=0)
+    return matcher.consume_tokens(stand.tokenizer.encode(text)) and matcher.is_accepting()
+
+
+def json_schema(schema: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"b": [1, null]}', "[1]"),
+        ({"response_format": json_schema(SCHEMA)}, '{\n  "a": -3\n}', '{"a": "3"}'),
+        ({"structured_outputs": {"json": SCHEMA}}, '{"a":3}', "{}"),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, '{"a":3}', "{}"),
+        ({"structured_outputs": {"json_object": True}}, "{}", "3"),
+        ({"structured_outputs": {"regex": r"\d+/[a-z]"}}, "12/b", "12/"),
+        ({"structured_outputs": {"choice": ['"yes"', "nö\\"]}}, "nö\\", "no"),
+        ({"structured_outputs": {"grammar": 'start: "a" start | "b"'}}, "aab", "aa"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" root | "b"'}}, "aab", "aa"),
+    ],
+)
+async def test_the_engine_gets_a_grammar(
+    client: httpx.AsyncClient, stand: Stand, fields: dict[str, Any], good: str, bad: str
+) -> None:
+    for ask in (completion, chat):
+        assert (await ask(client, **fields)).status_code == 200
+        assert follows(stand, good)
+        assert not follows(stand, bad)
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"response_format": None}])
+async def test_free_text_has_none(client: httpx.AsyncClient, stand: Stand, fields: dict[str, Any]) -> None:
+    assert (await chat(client, **fields)).status_code == 200
+    assert stand.engine.calls[-1].params.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": json_schema([])}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema({"type": "objekt"})}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema({"not": {}})}, "response_format.json_schema.schema"),
+        (
+            {"response_format": json_schema({"not": {}, "x-guidance": {"lenient": True}})},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": '{"const": "\\ud800"}'}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": 3}}, "structured_outputs.json"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": "a" * 600_000}}, "structured_outputs.regex"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_what_cannot_be_followed_is_refused(
+    client: httpx.AsyncClient, stand: Stand, fields: dict[str, Any], param: str
+) -> None:
+    for ask in (completion, chat):
+        message = await refused(await ask(client, **fields), param)
+        assert len(message) < 500
+    assert stand.engine.calls == []
+
+
+async def test_compiling_has_a_time_limit(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "COMPILE_TIMEOUT_S", 0.001)
+    properties = {f"p{place}": {"type": "string"} for place in range(2000)}
+    response = await chat(client, response_format=json_schema({"type": "object", "properties": properties}))
+    assert "seconds to compile" in await refused(response, "response_format.json_schema.schema")
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+async def test_forced_calls_are_grammars(client: httpx.AsyncClient, stand: Stand) -> None:
+    stand.engine.max_model_len = 2048
+    await chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "add"}})
+    assert follows(stand, '{"a": 3}')
+    assert not follows(stand, "{}")
+    await chat(client, tools=TOOLS, tool_choice="required")
+    one, two = '{"name": "add", "arguments": {"a": 3}}', '{"name": "now", "arguments": {}}'
+    assert follows(stand, f"[{one}, {two}]")
+    assert not follows(stand, "[]")
+    assert not follows(stand, '[{"name": "sub", "arguments": {}}]')
+    assert not follows(stand, '[{"name": "add", "arguments": {}}]')
+    await chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert follows(stand, f"[{one}]")
+    assert not follows(stand, f"[{one}, {two}]")
+    for choice in ("auto", "none", None):
+        await chat(client, tools=TOOLS, tool_choice=choice)
+        assert stand.engine.calls[-1].params.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": "x"}, "tools"),
+        ({"tools": [{"type": "code"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOLS[1], TOOLS[1]]}, "tools[1].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice.function.name",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}],
+                "tool_choice": "required",
+            },
+            "tool_choice",
+        ),
+        ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls"),
+    ],
+)
+async def test_what_is_wrong_with_tools_is_named(
+    client: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
+    await refused(await chat(client, **fields), param)
+
+
+async def test_the_model_is_told_of_the_tools(client: httpx.AsyncClient, stand: Stand) -> None:
+    stand.engine.max_model_len = 2048
+    await chat(client, tools=TOOLS)
+    assert '"name": "now"' in stand.tokenizer.decode(stand.engine.calls[-1].prompt)
+    await chat(client, tools=TOOLS, tool_choice="none")
+    assert "now" not in stand.tokenizer.decode(stand.engine.calls[-1].prompt)

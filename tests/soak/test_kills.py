@@ -1,0 +1,64 @@
+"""kill -9 in the middle of uploads: ten times a small front for every run, hundreds of times the server for `make soak`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadtests.adapters import model_directory, read_geometry
+from loramux_adapters.errors import StorageError
+from tests.soak import front
+from tests.soak.kills import ForkedFront, Killer, WholeServer
+
+KILLS = 10
+
+
+def test_ten_kills_of_the_front(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    killer = Killer(ForkedFront(tmp_path / "root"), front.GEOMETRY, tmp_path / "scratch", seed=0)
+    killer.run(KILLS)
+    assert len(killer.ledger.acknowledged) >= KILLS
+    assert killer.ledger.cut > KILLS / 2, "the uploads were over before the end came"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sign"),
+    [
+        ("*.sqlite3*", "acknowledged and is gone"),
+        ("generations/??/*/adapter_config.json", "is not in the adapter store"),
+    ],
+)
+def test_a_loss_is_noticed(damage: str, sign: str, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    killer = Killer(ForkedFront(tmp_path / "root"), front.GEOMETRY, tmp_path / "scratch", seed=0)
+    killer.run(1)
+    for path in (tmp_path / "root").glob(f"data/bases/*/{damage}"):
+        path.unlink()
+    with pytest.raises((AssertionError, StorageError), match=sign):
+        killer.run(0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_many_kills_of_the_whole_server(
+    request: pytest.FixtureRequest, soak_seed: int, tmp_path: Path
+) -> None:
+    kills: int = request.config.getoption("--kills")
+    geometry = read_geometry(model_directory("demo"))
+    (tmp_path / "root").mkdir()
+    killer = Killer(WholeServer(tmp_path / "root"), geometry, tmp_path / "scratch", seed=soak_seed)
+
+    def said(number: int) -> None:
+        if number % 10 == 0:
+            print(
+                f"  {number} kills, {len(killer.ledger.acknowledged)} acknowledged, {killer.ledger.cut} cut",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nkills: {kills}, seed {soak_seed}", flush=True)
+        killer.run(kills, said)
+    assert killer.ledger.cut > kills / 2
