@@ -30,11 +30,11 @@ TOOLS: Any = [
 
 
 def test_schemas_in_a_mixed_batch(server: Server) -> None:
-    """The base and two adapters, constrained and free at the same time."""
+    """The base and an adapter, constrained and free at the same time."""
     schema: Any = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
     asked: list[dict[str, Any]] = [
-        {"model": model, "seed": seed, **({"response_format": schema} if seed % 3 else {})}
-        for seed in range(4)
+        {"model": model, "seed": seed, **({"response_format": schema} if seed else {})}
+        for seed in range(2)
         for model in ("demo", "pirate")
     ]
 
@@ -49,7 +49,7 @@ def test_schemas_in_a_mixed_batch(server: Server) -> None:
     for one in constrained:
         assert one.choices[0].finish_reason == "stop"
         jsonschema.validate(json.loads(one.choices[0].message.content), PERSON)
-    assert len(constrained) == 4
+    assert len(constrained) == 2
 
 
 def test_regex_and_choice(server: Server) -> None:
