@@ -31,6 +31,7 @@ class Loader(Protocol):
     def load(self, path: str) -> None: ...
     def unload(self) -> None: ...
     def answer(self, path: str, prompt: list[int], count: int) -> list[int]: ...
+    def close(self) -> None: ...
 
 
 class OurLoader:
@@ -58,6 +59,9 @@ class OurLoader:
             for output in self._engine.step().outputs:
                 tokens += output.tokens
         return tokens
+
+    def close(self) -> None:
+        self._engine.close()
 
     def _generation(self, path: str) -> str:
         """A server knows it since the upload, so it is not part of the load."""
@@ -92,6 +96,9 @@ class PeftLoader:
         _, [tokens] = self._peer.generate("each", [request])
         self.unload()
         return tokens
+
+    def close(self) -> None:
+        """Nothing: PEFT keeps no threads."""
 
 
 def timed(loader: Loader, paths: Mapping[str, str]) -> float:

@@ -57,6 +57,8 @@ class PeftPeer:
         self._model.load_adapter(path, name, **_LOAD)
 
     def unload(self, name: str) -> None:
+        """One that was loaded beside those of the beginning, of which the first becomes active."""
+        self._model.set_adapter(self._adapters[0])
         self._model.delete_adapter(name)
 
     def generate(self, mode: str, requests: Sequence[dict[str, Any]]) -> tuple[float, list[list[int]]]:

@@ -20,26 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.demo import demo_adapters
-from tests.adapters.conftest import AdapterFiles
-from tests.adapters.test_archives import GOOD, special, tar
-from tests.adapters.test_gate import CASES
 from tests.e2e.conftest import Server, start_server
 
 pytestmark = pytest.mark.e2e
 
 PIRATE, SENTIMENT = demo_adapters()["pirate"], demo_adapters()["sentiment"]
 BODY = {"prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
-
-# Of the gate's corpus, what does not depend on the base or on smaller limits than the server's own.
-HOSTILE = (
-    "no config", "empty config", "config is a list", "config is not UTF-8", "key twice", "nested deep", "r=True",
-    "r=2000000", "target_modules=([a-z._0-9]+)+!", "use_dora=True", "bias=all", "modules_to_save=['lm_head']",
-    "init_lora_weights=pissa", "layer_replication=[[0, 2]]", "megatron_core=evil.module", "peft_type=XLORA",
-    "extra tensor 'base_model.model.model.norm.weight'",
-    "extra tensor 'base_model.model.lm_head.weight'", "extra tensor '../../etc/passwd'", "no A", "int8", "NaN weight",
-    "seven bytes", "header length 2**63", "header not JSON", "tensor twice", "truncated data", "trailing data",
-    "a pickle", "weights missing", "adapters={'a': '../b'}",
-)  # fmt: skip
 
 
 def upload(
@@ -176,40 +162,6 @@ def greedy_streams(server: Server, models: list[str], count: int) -> Iterator[li
             task.result()
 
 
-def test_hostile_uploads_harm_nobody(server: Server, tmp_path: Path) -> None:
-    models = ["pirate", "sentiment", "demo"]
-    expected = {model: answer(server, model, 24)[0] for model in models}
-    config, tensors = json.loads((PIRATE / CONFIG_FILE).read_text()), load_file(PIRATE / WEIGHTS_FILE)
-    cases = {case.name: case for case in CASES}
-    before = {card.id for card in server.openai.models.list()}
-    with greedy_streams(server, models, 24) as streams:
-        for number, name in enumerate(HOSTILE):
-            files = AdapterFiles(dict(config), {key: tensor.clone() for key, tensor in tensors.items()})
-            cases[name].alter(files)
-            response = upload(server, "evil", files.write(tmp_path / str(number)))
-            assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_adapter"), name
-            # The corpus is for another base and other limits.
-            sentence = (
-                cases[name]
-                .sentence.replace("[4, 16]", "[4, 576]")
-                .replace("to 512", "to 64")
-                .replace("16384", "1048576")
-            )
-            assert sentence in response.json()["error"]["message"], name
-            assert str(tmp_path.parent) not in response.text
-        for member in (special(CONFIG_FILE, b"2", "/etc/passwd"), special("../x", b"0")):
-            data = tar([member, *((special(name, b"0")[0], data) for name, data in GOOD.items())])
-            response = httpx.post(
-                f"{server.url}/v1/adapters", data={"name": "evil"}, files={"archive": data}, timeout=60
-            )
-            assert response.json()["error"]["code"] == "invalid_adapter"
-    assert len(streams) >= len(models)
-    assert {(stream.model, stream.text) for stream in streams} == set(expected.items())
-    assert {card.id for card in server.openai.models.list()} == before
-    assert staged(server) == []
-    assert "Traceback" not in server.log.read_text()
-
-
 def test_an_upload_is_proven(server: Server, tmp_path: Path) -> None:
     """While streams decode: what changes nothing is refused, what does something comes with figures."""
     zeros = tmp_path / "zeros"
@@ -236,7 +188,7 @@ def test_an_upload_is_proven(server: Server, tmp_path: Path) -> None:
     assert report["shift"]["relative"] > 0.01
     assert report["peft"]["relative_error"] <= report["peft"]["relative_bound"]
     assert report["peft"]["top1_agreement"] == 1.0
-    assert adapters(server, "pirate")["verification"] is None
+    assert adapters(server, "extract")["verification"] is None  # from a folder
 
 
 def test_equal_parallel_uploads_make_one_adapter(server: Server) -> None:

@@ -244,7 +244,7 @@ def test_hostile_uploads_harm_nobody(fenced: Server, tmp_path: Path) -> None:
                 assert attack.sentence in error["message"], attack.name
                 assert str(tmp_path) not in error["message"].replace(f"{tmp_path}/home/evil", ""), attack.name
             after = resident(fenced)
-    assert len(right) > len(MODELS)
+    assert len(right) >= len(MODELS)
     assert all(right), f"{right.count(False)} of {len(right)} streams had other tokens"
     assert after.keys() == memory.keys(), "a process came or went"
     assert {pid: after[pid] - memory[pid] for pid in memory if after[pid] - memory[pid] > RSS_BYTES} == {}

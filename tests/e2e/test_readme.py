@@ -46,7 +46,7 @@ def test_a_block_of_the_readme_runs(kind: str, code: str, server: Server, folder
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,10 +18,12 @@ from loadtests import BenchError, bench
 from loadtests.adapters import write_adapters
 from loadtests.client import Load, Request, Stream, run_load
 from loadtests.contestants import Turn
+from loadtests.lifecycle import MEASURES
 from loadtests.parity import TOLERANCES, StreamCheck, Tokens, summarize
+from loadtests.peers.loader import OurLoader, PeftLoader, timed
 from loadtests.peers.peft_peer import PeftPeer
 from loadtests.report import Figure, Result, Spread, print_result, ratio, save
-from loadtests.scenarios import OURS, SCENARIOS, Goal, Scenario
+from loadtests.scenarios import COLD, DIFFERENCE, OURS, SCENARIOS, WARM, Goal, Scenario
 from loadtests.server import base_name
 
 CARDS = [{"id": "tiny", "parent": None}, {"id": "bench-0", "parent": "tiny", "generation": "aa"}]
@@ -237,7 +239,13 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one-adapter-32" in capsys.readouterr().out
     assert bench.main(["no-such"]) == 1
     assert "no-such is no scenario" in capsys.readouterr().err
-    assert bench.main(["start", "--url", "http://127.0.0.1:9"]) == 1
+    for own_server in ("start", "zipf-1000"):
+        assert bench.main([own_server, "--url", "http://127.0.0.1:9"]) == 1
+        assert f"{own_server} measures a server of its own" in capsys.readouterr().err
+    for_any_server = {
+        one.name for one in bench.chosen_scenarios(bench.parse(["--url", "http://127.0.0.1:9"]))
+    }
+    assert for_any_server == SCENARIOS.keys() - {"start", *MEASURES}
     chosen = bench.chosen_scenarios(bench.parse(["prefill", "mixed", "--new-tokens", "4", "--streams", "2"]))
     assert [(scenario.streams, scenario.new_tokens) for scenario in chosen] == [(2, 1), (2, 4)]
     assert [scenario.goals for scenario in chosen] == [(), ()], "goals are for the scenario's own sizes"
@@ -296,3 +304,40 @@ def test_smallest_scenario(tiny_model: Callable[[str], Path], tmp_path: Path) ->
         assert figure["median"] > 0
         assert (figure["parity"]["violations"], figure["parity"]["unreadable"]) == (0, 0), figure["name"]
     assert set(result["ratios"]) == set(names[1:])
+
+
+def test_both_loaders_load_what_they_are_given(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Again and again, each time another adapter; and both answer with it."""
+    adapters = write_adapters(tiny_model("llama"), tmp_path, count=2)
+    paths = {adapter.name: str(adapter.path) for adapter in adapters}
+    prompt = list(range(20, 40))
+    answers = []
+    for loader in (OurLoader(tiny_model("llama"), threads=1), PeftLoader(tiny_model("llama"), threads=1)):
+        assert timed(loader, paths) > 0
+        assert timed(loader, paths) > 0
+        answers.append([loader.answer(path, prompt, 4) for path in paths.values()])
+        loader.close()
+    peer = PeftPeer(tiny_model("llama"), paths, threads=1)
+    tolerance = TOLERANCES[str(peer.dtype).removeprefix("torch.")]
+    for given in answers:
+        streams = [
+            {"prompt": prompt, "adapter": name, "tokens": tokens}
+            for name, tokens in zip(paths, given, strict=True)
+        ]
+        assert all(check["deficit"] <= tolerance for check in peer.check(streams))
+
+
+@pytest.mark.e2e
+def test_smallest_scenario_of_adapters_that_come_and_go(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A server over registered adapters, asked cold and warm."""
+    model = add_tokenizer(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "result.json"
+    sizes = ["--streams", "1", "--new-tokens", "4", "--prompt-tokens", "8", "--rounds", "1", "--threads", "1"]
+    assert bench.main(["cold-adapter", "--model", str(model), *sizes, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["name"] for figure in figures] == [COLD, WARM, DIFFERENCE]
+    for figure in figures[:2]:
+        parity = figure["parity"]
+        assert (parity["streams"], parity["violations"], parity["unreadable"]) == (1, 0, 0)

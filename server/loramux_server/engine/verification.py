@@ -26,7 +26,7 @@ from loramux_server.engine.messages import AdapterRef, Verified, VerifyAdapter
 
 logger = logging.getLogger(__name__)
 
-_REST = 3.0  # times as long as a slice took, decoding goes on alone
+_SHARE = 1 / 3  # of the time that decoding takes, verification may take besides
 
 _Steps = Generator[Progress, None, VerifyReport]
 
@@ -41,7 +41,8 @@ class Verifications:
         self._current: VerifyAdapter | None = None
         self._reading: Future[LoraWeights] | None = None
         self._steps: _Steps | None = None
-        self._rests_until = 0.0
+        self._credit = 0.0  # seconds that slices may take now; below zero, decoding goes on alone
+        self._looked = 0.0  # at the clock
         self._reader = ThreadPoolExecutor(
             1, "verification-reader", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -65,21 +66,31 @@ class Verifications:
             self._end()
 
     def advance(self, *, decoding: bool) -> Verified | None:
-        """Do the next slice, unless it is decoding's turn; the answer, when that was the last one."""
+        """One slice, or beside decoding as many as its share allows; the answer, when one of them was the last."""
         if self._current is None:
             if not self._waiting:
                 return None
             self._current = self._waiting.popleft()
             self._reading = self._reader.submit(self._read, self._current.adapter)
-        started = self._clock()
-        if self.is_reading or (decoding and started < self._rests_until):
+            self._credit, self._looked = 0.0, self._clock()
+        earned = _SHARE * self._passed()
+        if self.is_reading:
             return None
-        answer = self._attempt(self._current)
-        if answer is not None:
-            self._end()
-        now = self._clock()
-        self._rests_until = now + _REST * (now - started)
-        return answer
+        # What was taken too much is paid back; what was not taken is not saved up for a long pause of everybody else.
+        self._credit = min(self._credit, 0.0) + earned
+        while not decoding or self._credit > 0:
+            answer = self._attempt(self._current)
+            self._credit -= self._passed()
+            if answer is not None:
+                self._end()
+            if answer is not None or not decoding:
+                return answer
+        return None
+
+    def _passed(self) -> float:
+        """Seconds since the last call."""
+        before, self._looked = self._looked, self._clock()
+        return self._looked - before
 
     def close(self) -> None:
         self._end()
