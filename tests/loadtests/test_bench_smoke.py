@@ -328,6 +328,7 @@ def test_both_loaders_load_what_they_are_given(tiny_model: Callable[[str], Path]
 
 
 @pytest.mark.e2e
+@pytest.mark.soak
 def test_smallest_scenario_of_adapters_that_come_and_go(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
