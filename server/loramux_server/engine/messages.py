@@ -6,7 +6,7 @@ every new token of that step. No torch, no pickle. Nothing here is OpenAI's wire
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -73,11 +73,32 @@ class VerifyAdapter(msgspec.Struct, tag="verify"):
     probe: Probe
 
 
+class StartTraining(msgspec.Struct, tag="train"):
+    """Train between engine steps, from the last checkpoint in `out` if there is one. One job at a time.
+
+    `Training*` events answer; a `TrainingEnded` is the last of them.
+    """
+
+    id: str
+    out: str  # directory that the run owns
+    recipe: dict[str, Any]  # the fields of a training Recipe, as asked for
+    training_file: str
+    validation_file: str | None = None
+    initial: AdapterRef | None = None  # the weights that `recipe["init_from"]` names
+
+
+class StopTraining(msgspec.Struct, tag="stop_training"):
+    """End a job: after its step and with a checkpoint if `save`, else at the next layer and without."""
+
+    id: str
+    save: bool
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Stop at once; the front has drained already."""
 
 
-Command = AddRequest | AbortRequest | PinAdapters | VerifyAdapter | Shutdown
+Command = AddRequest | AbortRequest | PinAdapters | VerifyAdapter | StartTraining | StopTraining | Shutdown
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
@@ -169,6 +190,76 @@ class Verified(msgspec.Struct, tag="verified"):
     error: str | None = None
 
 
+class TrainingPrepared(msgspec.Struct, tag="training_prepared"):
+    """The files are read and nothing is wrong with them; the first step comes next."""
+
+    id: str
+    plan: dict[str, Any]  # `TrainingRun.plan()`: recipe, what "auto" became, counts of the data, warnings
+    total_steps: int
+    step: int  # steps done before: not 0 when a run is continued
+
+
+class TrainingStep(msgspec.Struct, tag="training_step"):
+    """One optimizer step. `seconds` is time spent computing, `waited` what serving took in between."""
+
+    id: str
+    step: int
+    total_steps: int
+    epoch: float
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    waited: float
+    memory_bytes: int  # held by the device's allocator, or resident if the device is the host
+
+
+class TrainingEval(msgspec.Struct, tag="training_eval"):
+    """Validation after `step` steps; 0 is before the first."""
+
+    id: str
+    step: int
+    valid_loss: float
+    valid_mean_token_accuracy: float
+
+
+class TrainingCheckpoint(msgspec.Struct, tag="training_checkpoint"):
+    """A PEFT directory on the disk, whole and durable."""
+
+    id: str
+    step: int
+    path: str
+
+
+class TrainingDiagnosis(msgspec.Struct, tag="training_diagnosis"):
+    """What a curve means, with the figure it rests on and the change to try."""
+
+    id: str
+    step: int
+    code: str
+    param: str  # the field of the recipe to change
+    message: str
+
+
+class TrainingEnded(msgspec.Struct, tag="training_ended"):
+    """`finished`: the adapter is at `out`. `stopped`: as asked; continue it any time. `failed`: one sentence why."""
+
+    id: str
+    status: Literal["finished", "stopped", "failed"]
+    step: int
+    error: str | None = None
+    code: str | None = None
+    param: str | None = None
+
+
+TrainingEvent = (
+    TrainingPrepared | TrainingStep | TrainingEval | TrainingCheckpoint | TrainingDiagnosis | TrainingEnded
+)
+
+
 class Ready(msgspec.Struct, tag="ready"):
     """The base is resident. Everything the front must know of it; shapes are (out_features, in_features)."""
 
@@ -196,7 +287,7 @@ class Fatal(msgspec.Struct, tag="fatal"):
     message: str
 
 
-Event = StepOutput | Verified | Ready | Fatal
+Event = StepOutput | Verified | TrainingEvent | Ready | Fatal
 
 COMMAND_ENCODER = msgspec.msgpack.Encoder()
 COMMAND_DECODER = msgspec.msgpack.Decoder(Command)
