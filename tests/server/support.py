@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from loramux_adapters.nf4 import NF4Weight
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
 from loramux_adapters.weights import LoraWeights
 from loramux_server.engine.engine import Engine
-from loramux_server.engine.messages import AdapterRef, AddRequest, SamplingParams, TokenOutput
+from loramux_server.engine.messages import AdapterRef, AddRequest, SamplingParams, StepOutput, TokenOutput
 
 EngineFactory = Callable[..., Engine]
 
@@ -95,17 +96,25 @@ def request(name: str, prompt: list[int], adapter: AdapterRef | None = None, **p
     return AddRequest(name, prompt, SamplingParams(**chosen), adapter)
 
 
+def step(engine: Engine) -> StepOutput:
+    """One step, as the worker's loop takes it: when all that could run waits for files, their reader gets the processor."""
+    output = engine.step()
+    if engine.has_work and output.stats.batch_tokens == 0:
+        time.sleep(0.001)
+    return output
+
+
 def run(engine: Engine, arrivals: list[tuple[int, AddRequest]]) -> dict[str, list[TokenOutput]]:
     """Add each request at its step, step until nothing is left, collect outputs by request."""
     outputs: dict[str, list[TokenOutput]] = {}
     pending = sorted(arrivals, key=lambda item: item[0])
-    step = 0
+    steps = 0
     while pending or engine.has_work:
-        while pending and pending[0][0] <= step:
+        while pending and pending[0][0] <= steps:
             engine.add(pending.pop(0)[1])
-        for output in engine.step().outputs:
+        for output in step(engine).outputs:
             outputs.setdefault(output.id, []).append(output)
-        step += 1
+        steps += 1
     return outputs
 
 
