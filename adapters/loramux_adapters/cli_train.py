@@ -110,19 +110,12 @@ def _fields(given: Mapping[str, str | bool | None]) -> dict[str, object]:
 
 
 def _prepare(
-    recipe: Recipe,
-    load: LoadBase,
-    model: str,
-    device: str,
-    dtype: str,
-    data: Path,
-    out: Path,
-    validation: Path | None,
-    resume: bool,
-    quiet: bool,
-) -> TrainingRun:
+    recipe: Recipe, load: LoadBase, model: str, device: str, dtype: str, data: Path, out: Path,
+    validation: Path | None, resume: bool, quiet: bool,
+) -> TrainingRun:  # fmt: skip
+    from loramux_adapters.training.checkpoints import check_output
     from loramux_adapters.training.rows import read_rows
-    from loramux_adapters.training.run import TrainingRun, check_output
+    from loramux_adapters.training.run import TrainingRun
 
     # What is wrong with the files alone is said before minutes are spent on the base.
     check_output(out, resume=resume)

@@ -9,12 +9,14 @@
     │   ├── AdapterConflict    the name is taken, or the change contradicts its state
     │   └── AdapterUnavailable the adapter exists but could not be made resident
     ├── RequestError           a request asks for something it cannot have
-    │   └── ContextLengthExceeded
+    │   ├── ContextLengthExceeded
+    │   └── UnknownFile        no uploaded file of that id
     ├── EngineError            the worker failed, is restarting or is draining
     │   └── Overloaded         the queue is full
     ├── StorageError           the data directory cannot be read or written
     │   └── StorageFull        because there is no room left
     ├── TrainingError          a data set, recipe or job is wrong
+    │   └── UnknownJob         no fine-tuning job of that id
     └── ExportError            a merge cannot be planned, written or proven
         └── UnknownExport      no export job of that id
 
@@ -111,6 +113,10 @@ class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
 
 
+class UnknownFile(RequestError, LookupError):
+    code = "file_not_found"
+
+
 class EngineError(LoramuxError):
     code = "engine_unavailable"
 
@@ -129,6 +135,10 @@ class StorageFull(StorageError):
 
 class TrainingError(LoramuxError, ValueError):
     code = "invalid_training"
+
+
+class UnknownJob(TrainingError, LookupError):
+    code = "job_not_found"
 
 
 class ExportError(LoramuxError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterable
@@ -76,6 +77,14 @@ def copy_bounded(source: Readable, target: Path, limit: int) -> bool:
             except OSError as error:
                 raise storage_error("a file cannot be written", error) from error
     return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that never changes a second place, which stays when the first goes. Raises OSError."""
+    try:
+        os.link(source, target)
+    except PermissionError:  # a file system without hard links
+        shutil.copyfile(source, target)
 
 
 def write_file(path: Path, chunks: Iterable[Chunk]) -> None:

@@ -10,12 +10,12 @@ import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loramux_adapters.errors import StorageError, StorageFull
+from loramux_adapters.errors import StorageError
+from loramux_adapters.sqlite import DurableDatabase
 
 Source = Literal["path", "upload", "hub", "training", "demo"]
 State = Literal["available", "loading", "ready", "failed"]
@@ -81,22 +81,9 @@ class Scanned:
     fingerprint: str
 
 
-class RegistryDatabase:
+class RegistryDatabase(DurableDatabase):
     def __init__(self, path: Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=30
-            )
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            self._connection.execute("PRAGMA foreign_keys=ON")
-            self._migrate()
-        except (OSError, sqlite3.Error) as error:
-            raise StorageError(f"the adapter registry cannot be opened: {error}") from error
-
-    def close(self) -> None:
-        self._connection.close()
+        super().__init__(path, _MIGRATIONS, "the adapter registry")
 
     def records(self) -> Iterator[AdapterRecord]:
         history: defaultdict[str, list[HistoryEntry]] = defaultdict(list)
@@ -193,27 +180,3 @@ class RegistryDatabase:
             self._connection.executemany(
                 "DELETE FROM verifications WHERE generation = ?", [(one,) for one in generations]
             )
-
-    def _migrate(self) -> None:
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > len(_MIGRATIONS):
-            raise sqlite3.DatabaseError(f"schema {version} was written by another version of loramux")
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
-            )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-            cls = StorageFull if full else StorageError
-            raise cls(f"the adapter registry cannot be written: {error}") from error

@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -40,6 +40,7 @@ class Staged:
     directory: Path
     source: Source
     origin: str
+    info: Mapping[str, object] = field(default_factory=dict)  # what its manifest is to say besides
 
     def discard(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
-from loramux_adapters import cli_export, cli_train, cli_verify
+from loramux_adapters import cli_export, cli_plan, cli_train, cli_verify
 from loramux_server.cli_adapters import adapters_app
+from loramux_server.cli_doctor import doctor
+from loramux_server.cli_jobs import jobs_app
 
 app = typer.Typer(
     name="loramux",
@@ -74,7 +76,7 @@ def _base_to_verify(
     return cli_verify.VerifyBase(base.model, base.geometry, tokenizer)
 
 
-def _demo_to_export() -> tuple[Path, str]:
+def _demo_model() -> tuple[Path, str]:
     from loramux_server.base.demo import DEMO_MODEL_ID, ensure_demo_model
 
     return ensure_demo_model(), DEMO_MODEL_ID
@@ -82,8 +84,11 @@ def _demo_to_export() -> tuple[Path, str]:
 
 cli_verify.register(app, _base_to_verify)
 cli_train.register(app, _base_to_verify)
-cli_export.register(app, _demo_to_export)
+cli_plan.register(app, _demo_model)
+cli_export.register(app, _demo_model)
+app.command()(doctor)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(jobs_app, name="jobs")
 
 
 @app.command()

@@ -107,6 +107,9 @@ class ServeConfig(BaseSettings):
         0.9, gt=0.1, le=0.99, description="share of the GPU's memory to use"
     )
     block_size: int = Field(16, ge=8, le=256, description="tokens per KV block")
+    enable_prefix_caching: bool = Field(
+        True, description="keep the KV blocks of finished requests for prompts that begin alike"
+    )
 
     enable_lora: bool = Field(True, description="accepted for familiarity; adapters are always served")
     adapter_dir: list[Path] = Field(
@@ -123,8 +126,24 @@ class ServeConfig(BaseSettings):
         None, description="serve the shipped demo adapters; default: with 'demo' only"
     )
 
+    training_latency_budget: float = Field(
+        10.0,
+        ge=0,
+        le=60_000,
+        allow_inf_nan=False,
+        description="milliseconds that training may add to the 99th percentile of inter-token latency",
+    )
+
     data_dir: Path = Field(default_data_dir(), description="where everything that must last is kept")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text for people, or json: one object a line"
+    )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="send OpenTelemetry traces there, such as http://127.0.0.1:4318/v1/traces",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

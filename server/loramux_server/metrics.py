@@ -20,6 +20,12 @@ from prometheus_client.registry import Collector
 
 from loramux_server.adapter_metrics import AdapterMetrics
 from loramux_server.engine.messages import EngineStats, StepOutput
+from loramux_server.http_metrics import HttpMetrics
+from loramux_server.latency_metrics import LatencyMetrics
+from loramux_server.observed import current_request
+from loramux_server.prefix_cache_metrics import PrefixCacheMetrics
+from loramux_server.service_metrics import ServiceMetrics
+from loramux_server.training_metrics import TrainingMetrics
 
 BASE = "_base"
 OTHER = "_other"
@@ -28,9 +34,6 @@ MAX_ADAPTER_LABELS = 100
 Outcome = Literal["stop", "length", "abort", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "abort", "error")
 
-_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_ITL_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
-_E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _ADAPTERS_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64)
 
@@ -44,22 +47,18 @@ class Metrics:
         self._running = Gauge("loramux_num_requests_running", "Sequences in the batch", registry=registry)
         self._waiting = Gauge("loramux_num_requests_waiting", "Sequences in the queue", registry=registry)
         self._kv_cache = Gauge("loramux_kv_cache_usage_perc", "KV blocks in use, 0 to 1", registry=registry)
+        self._prefix_cache = PrefixCacheMetrics(registry)
         self._prompt = _counter(registry, "prompt_tokens", "Prompt tokens accepted", "adapter")
         self._generated = _counter(registry, "generation_tokens", "Tokens generated", "adapter")
         self._success = _counter(
             registry, "request_success", "Sequences that ended, by how", "adapter", "finished_reason"
         )
         self._errors = _counter(registry, "request_errors", "HTTP requests answered with an error", "code")
-        self._ttft = _histogram(
-            registry, "time_to_first_token_seconds", "From submission to the first token", _TTFT_BUCKETS
-        )
-        self._itl = _histogram(
-            registry, "inter_token_latency_seconds", "Between two outputs of a sequence", _ITL_BUCKETS
-        )
-        self._e2e = _histogram(
-            registry, "e2e_request_latency_seconds", "From submission to the last token", _E2E_BUCKETS
-        )
+        self._latency = LatencyMetrics(registry)
+        self.http = HttpMetrics(registry)
+        self.service = ServiceMetrics(registry)
         self.adapters = AdapterMetrics(registry, max_loras=max_loras)
+        self.training = TrainingMetrics(registry)
         self._batch_size = _histogram(registry, "batch_size", "Tokens in a step", _BATCH_BUCKETS)
         self._batch_adapters = _histogram(
             registry, "batch_adapters", "Distinct adapters in a step", _ADAPTERS_BUCKETS
@@ -92,7 +91,7 @@ class Metrics:
         """Count one sequence from its submission to its end, however it ends. None is the base."""
         label = BASE if adapter is None else self._labels.of(adapter)
         self._prompt.labels(label).inc(prompt_tokens)
-        tracked = TrackedSequence(self, adapter, label)
+        tracked = TrackedSequence(self, adapter, label, prompt_tokens)
         outcome: Outcome = "abort"
         try:
             with self._in_flight.counted(tracked):
@@ -133,6 +132,8 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_cache.set(stats.kv_blocks_used / max(stats.kv_blocks_total, 1))
+        self._prefix_cache.observe(stats)
+        self.service.observe(stats)
         if stats.batch_tokens:
             self._batch_size.observe(stats.batch_tokens)
             self._batch_adapters.observe(stats.batch_adapters)
@@ -144,39 +145,65 @@ class Metrics:
 class TrackedSequence:
     """One sequence being generated."""
 
-    def __init__(self, metrics: Metrics, adapter: str | None, label: str) -> None:
+    def __init__(self, metrics: Metrics, adapter: str | None, label: str, prompt_tokens: int) -> None:
         self.adapter = adapter
-        self.has_begun = False
-        self._metrics = metrics
+        self._latency = metrics._latency
         # Children are held, so that an adapter deleted meanwhile does not get its series back.
         self._generated = metrics._generated.labels(label)
         self._outcomes = {outcome: metrics._success.labels(label, outcome) for outcome in OUTCOMES}
         self._began = self._latest = time.perf_counter()
+        self._first: float | None = None
+        self._prompt_tokens, self._tokens = prompt_tokens, 0
         self._finish: Outcome | None = None
+        self._request = current_request()
+        if self._request is not None:
+            self._request.sequence_began(adapter, prompt_tokens)
+
+    @property
+    def has_begun(self) -> bool:
+        return self._first is not None
 
     @property
     def has_finished(self) -> bool:
         return self._finish is not None
 
-    def tokens(self, count: int) -> None:
-        """The engine gave `count` more tokens."""
+    def tokens(self, count: int, queue_seconds: float | None = None) -> None:
+        """The engine gave `count` more tokens; with the first ones it says how long the sequence was in its queue."""
         now = time.perf_counter()
         self._generated.inc(count)
-        if self.has_begun:
-            self._metrics._itl.observe(now - self._latest)
+        self._tokens += count
+        if self._first is not None:
+            self._latency.itl.observe(now - self._latest)
         else:
-            self.has_begun = True
-            self._metrics._ttft.observe(now - self._began)
+            self._first = now
+            self._latency.ttft.observe(now - self._began)
+            if queue_seconds is not None:
+                self._latency.queue.observe(queue_seconds)
+                self._latency.prefill.observe(max(0.0, now - self._began - queue_seconds))
+        if self._request is not None:
+            self._request.tokens_came(count, now)
+            if queue_seconds is not None:
+                self._request.waited(queue_seconds)
         self._latest = now
 
     def finished(self, outcome: Outcome) -> None:
         """The last token came."""
         self._finish = outcome
-        self._metrics._e2e.observe(time.perf_counter() - self._began)
+        now = time.perf_counter()
+        self._latency.e2e.observe(now - self._began)
+        if self._first is not None:
+            self._latency.decode.observe(now - self._first)
+            if self._tokens > 1:
+                self._latency.per_token.observe((now - self._first) / (self._tokens - 1))
+        self._latency.generation_tokens.observe(self._tokens)
+        if self._prompt_tokens:  # the other choices of a prompt do not count it again
+            self._latency.prompt_tokens.observe(self._prompt_tokens)
 
     def ended(self, otherwise: Outcome) -> None:
         """Nothing more will come, whether it finished or not."""
         self._outcomes[self._finish or otherwise].inc()
+        if self._request is not None:
+            self._request.finish_reasons.append(self._finish or otherwise)
 
 
 class _AdapterLabels:

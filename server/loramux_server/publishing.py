@@ -141,7 +141,8 @@ class Publisher:
             self._check_free(name, generation)
         claim = self._registry.hold(generation)
         try:
-            self._registry.store.publish(weights, {"source": staged.source, "origin": staged.origin})
+            origin = {"source": staged.source, "origin": staged.origin}
+            self._registry.store.publish(weights, {**staged.info, **origin})
         except BaseException:
             claim.release()
             raise

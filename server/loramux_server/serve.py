@@ -13,7 +13,7 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ from loramux_server.engine.options import WorkerOptions
 from loramux_server.exports.base import served_base
 from loramux_server.exports.manager import ExportManager
 from loramux_server.folders import AdapterFolders
+from loramux_server.logs import adopt_libraries, set_up_logging
 from loramux_server.metrics import Metrics
+from loramux_server.tracing import Tracing
+from loramux_server.training.manager import JobManager
 
 logger = logging.getLogger("loramux")
 
@@ -51,13 +54,9 @@ class _Server(uvicorn.Server):
 
 def run(config: ServeConfig) -> None:
     """Serve until stopped. Raises LoramuxError if it cannot start."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for noisy in ("httpx", "httpx2", "watchfiles", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_logging(config.log_level, config.log_format, "front")
     listener = _take_port(config.host, config.port)
-    with contextlib.closing(listener):
+    with contextlib.closing(listener), _traced(config) as tracing:
         if config.is_demo:
             model = str(ensure_demo_model())
         else:
@@ -65,16 +64,17 @@ def run(config: ServeConfig) -> None:
             check_location(model)
         uvicorn_loop = uvicorn.Config("", loop="auto").get_loop_factory()
         with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
-            runner.run(_serve(config, model, listener))
+            runner.run(_serve(config, model, listener, tracing))
 
 
-async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> None:
+async def _serve(config: ServeConfig, model: str, listener: socket.socket, tracing: Tracing | None) -> None:
     client = WorkerClient(_worker_options(config, model), max_queued=config.max_queued)
     metrics = Metrics(max_loras=config.max_loras)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     catalog: AdapterCatalog | None = None
+    jobs: JobManager | None = None
     started = asyncio.create_task(client.start())
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -96,29 +96,26 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
         await asyncio.to_thread(_import_adapters, folders, config)
         await catalog.keep_pinned()
         exports = await asyncio.to_thread(_open_exports, config, model, catalog)
+        jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog)
         metrics.describe(
             version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
         )
-        app = create_app(
-            engine=client,
-            adapters=catalog.registry,
-            tokenizer=tokenizer,
-            settings=ApiSettings(
-                served_model_names=tuple(config.names),
-                version=__version__,
-                max_body_bytes=config.max_body_size,
-                adapter_roots=tuple(config.adapter_dir),
-            ),
-            metrics=metrics,
-            chat_template=template,
-            catalog=catalog,
-            exports=exports,
+        settings = ApiSettings(
+            served_model_names=tuple(config.names),
+            version=__version__,
+            max_body_bytes=config.max_body_size,
+            adapter_roots=tuple(config.adapter_dir),
         )
+        app = create_app(
+            engine=client, adapters=catalog.registry, tokenizer=tokenizer, settings=settings, metrics=metrics,
+            chat_template=template, catalog=catalog, exports=exports, jobs=jobs, tracing=tracing,
+        )  # fmt: skip
+        metrics.service.watch(client, config.data_dir, exports.counts)
         keeping = [asyncio.create_task(catalog.maintain())]
         if config.adapter_dir:
             keeping.append(asyncio.create_task(folders.watch()))
         names = [record.name for record in catalog.registry.list()]
-        await _listen(app, config, client, exports, listener, stop, names)
+        await _listen(app, config, client, exports, jobs, listener, stop, names)
         for keeper in keeping:
             keeper.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
@@ -127,6 +124,8 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket) -> No
             task.cancel()
         await asyncio.gather(started, stopped, return_exceptions=True)
         await client.close()
+        if jobs is not None:
+            jobs.close()
         if catalog is not None:
             catalog.close()
 
@@ -136,11 +135,13 @@ async def _listen(
     config: ServeConfig,
     client: WorkerClient,
     exports: ExportManager,
+    jobs: JobManager,
     listener: socket.socket,
     stop: asyncio.Event,
     adapters: list[str],
 ) -> None:
     exports.start()
+    jobs.start()
     settings = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False
     )
@@ -148,22 +149,37 @@ async def _listen(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     host, port = listener.getsockname()[:2]
     logger.info("ready on http://%s:%d", host, port)
-    banner(f"http://{host}:{port}", config.names[0], adapters)
+    if config.log_format == "text":
+        banner(f"http://{host}:{port}", config.names[0], adapters)
     await stop.wait()
     logger.info("draining: %d requests in flight, at most %g s", client.in_flight, config.grace)
     client.drain()
     await exports.close()
     stop.clear()
+    saved = asyncio.create_task(jobs.stop(config.grace))
     idle = asyncio.create_task(client.wait_idle(config.grace))
     again = asyncio.create_task(stop.wait())
-    await asyncio.wait({idle, again}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (saved, idle):
+        await asyncio.wait({task, again}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     if not client.in_flight:  # an upload that is coming in gets the same time
         await asyncio.wait({serving, again}, timeout=config.grace, return_when=asyncio.FIRST_COMPLETED)
-    for task in (idle, again):
+    for task in (saved, idle, again):
         task.cancel()
     server.force_exit = True
     await serving
+
+
+@contextlib.contextmanager
+def _traced(config: ServeConfig) -> Iterator[Tracing | None]:
+    if config.otlp_traces_endpoint is None:
+        yield None
+        return
+    endpoint = config.otlp_traces_endpoint
+    with contextlib.closing(
+        Tracing.to_collector(endpoint, base=config.names[0], version=__version__)
+    ) as tracing:
+        yield tracing
 
 
 def _take_port(host: str, port: int) -> socket.socket:
@@ -189,6 +205,7 @@ def _take_port(host: str, port: int) -> socket.socket:
 def _read_tokenizer(config: ServeConfig, model: str) -> tuple[Any, str | None]:
     from transformers import AutoTokenizer
 
+    adopt_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -243,10 +260,14 @@ def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         kv_cache_bytes=config.kv_cache_memory,
         gpu_memory_utilization=config.gpu_memory_utilization,
         block_size=config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         max_cpu_loras=config.max_cpu_loras,
+        chat_template=None if config.chat_template is None else str(config.chat_template.absolute()),
+        training_latency_budget=config.training_latency_budget / 1000,
         log_level=config.log_level,
+        log_format=config.log_format,
     )

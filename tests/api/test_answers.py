@@ -289,6 +289,23 @@ async def test_an_echoed_prompt_is_scored(client: httpx.AsyncClient, stand: Stan
             assert logprobs["tokens"][1:][logprobs["tokens"][1:].index("<|im_end|>")] == "<|im_end|>"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_max_tokens_0_only_scores(client: httpx.AsyncClient, stand: Stand, stream: bool) -> None:
+    tokens = stand.tokenizer.encode("Grüße you")
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    response = await ask(client, False, prompt=tokens, echo=True, logprobs=1, max_tokens=0, n=2, **options)
+    chunks = events(response) if stream else [response.json()]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    for index in (0, 1):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == "Grüße you"
+        assert own[-1]["finish_reason"] == "length"
+        scores = [score for choice in own for score in choice["logprobs"]["token_logprobs"]]
+        assert scores == [None, *(-float(place) for place in range(1, len(tokens)))]
+    assert chunks[-1]["usage"]["completion_tokens"] == 0
+    assert {call.params.max_tokens for call in stand.engine.calls} == {1}
+
+
 async def test_the_best_answers_are_returned(client: httpx.AsyncClient, stand: Stand) -> None:
     texts = ["one", "two", "three", "four"]
 

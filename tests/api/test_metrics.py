@@ -103,6 +103,20 @@ def test_the_engines_steps() -> None:
     assert value(m, "preemptions_total") == 8
 
 
+def test_the_prefix_cache() -> None:
+    m = Metrics(max_loras=4)
+    names = ("prefix_cache_queries_total", "prefix_cache_hits_total", "prefix_cache_blocks")
+    for queries, hits, blocks, counted in (
+        (100, 0, 6, [100, 0, 6]),
+        (150, 48, 8, [150, 48, 8]),
+        (20, 0, 1, [170, 48, 1]),  # the worker was restarted
+        (60, 16, 2, [210, 64, 2]),
+    ):
+        counts = stats(prefix_cache_queries=queries, prefix_cache_hits=hits, kv_blocks_cached=blocks)
+        m.observe_step(StepOutput([], counts))
+        assert [value(m, name) for name in names] == counted
+
+
 def test_info_series_are_replaced() -> None:
     m = Metrics(max_loras=4)
     for base in ("one", "two"):

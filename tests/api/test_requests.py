@@ -68,6 +68,9 @@ async def refused(response: httpx.Response, param: str | None, code: str = "inva
         ("stop", ["a"] * 5),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", "1"),
+        ("cache_salt", ""),
+        ("cache_salt", 1),
+        ("cache_salt", "x" * 257),
         ("stream", "true"),
         ("user", 1),
         ("metadata", {"a": 1}),
@@ -239,13 +242,14 @@ async def test_every_parameter_reaches_the_engine(client: httpx.AsyncClient, sta
         ignore_eos=True,
         stop_token_ids=[3, 4],
         logprobs=2,
+        cache_salt="ours",
     )
     params = stand.engine.calls[0].params
     assert (params.max_tokens, params.temperature, params.top_k, params.min_p) == (9, 0.0, 5, 0.1)
     assert (params.seed, params.presence_penalty, params.frequency_penalty) == (-7, 0.5, -0.5)
     assert (params.repetition_penalty, params.logit_bias) == (1.1, {7: -100.0, 8: 1.5})
     assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (2, True, (3, 4))
-    assert params.logprobs == 2
+    assert (params.logprobs, params.cache_salt) == (2, "ours")
     assert 0 < params.top_p < 0.001
 
 
@@ -255,6 +259,6 @@ async def test_defaults_are_openais(client: httpx.AsyncClient, stand: Stand) -> 
     await chat(client, max_tokens=7, max_completion_tokens=5, logprobs=True)
     plain, talk, limited = (call for call in stand.engine.calls)
     assert (plain.params.max_tokens, plain.params.temperature, plain.params.top_k) == (16, 1.0, 0)
-    assert (plain.params.logprobs, plain.params.seed) == (None, None)
+    assert (plain.params.logprobs, plain.params.seed, plain.params.cache_salt) == (None, None, None)
     assert talk.params.max_tokens == MAX_MODEL_LEN - len(talk.prompt)
     assert (limited.params.max_tokens, limited.params.logprobs) == (5, 0)

@@ -85,6 +85,8 @@ async def test_free_text_has_none(client: httpx.AsyncClient, stand: Stand, field
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": ""}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"grammar": "a ::= b"}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"regex": "a" * 600_000}}, "structured_outputs.regex"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
@@ -121,7 +123,8 @@ async def test_forced_calls_are_grammars(client: httpx.AsyncClient, stand: Stand
     await chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "add"}})
     assert follows(stand, '{"a": 3}')
     assert not follows(stand, "{}")
-    await chat(client, tools=TOOLS, tool_choice="required")
+    # A format is about text, and there is none.
+    await chat(client, tools=TOOLS, tool_choice="required", response_format={"type": "json_object"})
     one, two = '{"name": "add", "arguments": {"a": 3}}', '{"name": "now", "arguments": {}}'
     assert follows(stand, f"[{one}, {two}]")
     assert not follows(stand, "[]")
@@ -150,7 +153,7 @@ async def test_forced_calls_are_grammars(client: httpx.AsyncClient, stand: Stand
             "tool_choice.function.name",
         ),
         (
-            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            {"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"json_object": True}},
             "tool_choice",
         ),
         (

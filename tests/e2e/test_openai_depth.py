@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from tests.conformance.schemas import answers_to_schemas
 from tests.e2e.conftest import Server
 
 pytestmark = pytest.mark.e2e
@@ -105,3 +106,52 @@ def test_a_scored_prompt_is_as_likely_as_the_answer_that_gave_it(server: Server)
     assert echoed.token_logprobs[0] is None
     assert echoed.token_logprobs[-1 - count : -1] == pytest.approx(generated.token_logprobs, abs=1e-3)
     assert again.choices[0].text.startswith(prompt + text)
+
+
+def test_a_conversation_by_responses(server: Server) -> None:
+    """A forced call of an adapter, its output in the next turn, streamed; chat says the same to the same conversation."""
+    tool: Any = {"type": "function", "name": "add_person", "parameters": PERSON, "strict": True}
+    called = server.openai.responses.create(
+        model="pirate",
+        instructions="You keep a list of people.",
+        input="Add Ann, 30 years old.",
+        tools=[tool],
+        tool_choice={"type": "function", "name": "add_person"},
+        max_output_tokens=150,
+        temperature=0,
+    )
+    (call,) = called.output
+    assert call.type == "function_call"
+    jsonschema.validate(json.loads(call.arguments), PERSON)
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    with server.openai.responses.stream(
+        model="demo",
+        input=[output, {"role": "user", "content": "Thanks!"}],
+        previous_response_id=called.id,
+        max_output_tokens=12,
+        temperature=0,
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert "".join(deltas) == final.output_text != ""
+    assert final.usage is not None
+    function = {"name": "add_person", "arguments": call.arguments}
+    messages: Any = [
+        {"role": "user", "content": "Add Ann, 30 years old."},
+        {"role": "assistant", "tool_calls": [{"id": call.call_id, "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": call.call_id, "content": "done"},
+        {"role": "user", "content": "Thanks!"},
+    ]
+    chat = server.openai.chat.completions.create(
+        model="demo", messages=messages, max_tokens=12, temperature=0
+    )
+    assert chat.choices[0].message.content == final.output_text
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens == final.usage.input_tokens
+
+
+def test_answers_match_their_schemas(server: Server) -> None:
+    """Forty of the random schemas of `make conformance`."""
+    outcome = answers_to_schemas(server.url, count=40)
+    assert outcome.failures == {}
+    assert outcome.passed > 30

@@ -6,6 +6,7 @@ blocks that start servers or set up the environment are read, not run: the fixtu
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -27,9 +28,11 @@ RUN = [(kind, code) for kind, code in BLOCKS if " serve " not in code and not co
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the reader stands: an adapter in ./my-adapters/sql."""
+    """Where the reader stands: an adapter in ./my-adapters/sql, and ./train.jsonl."""
     here = tmp_path_factory.mktemp("reader")
     shutil.copytree(Path(loramux_adapters.demo.__file__).parent / "pirate", here / "my-adapters" / "sql")
+    said = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "How can I help?"})
+    (here / "train.jsonl").write_text(json.dumps({"messages": said}) + "\n")
     return here
 
 
@@ -38,7 +41,7 @@ def test_a_block_of_the_readme_runs(kind: str, code: str, server: Server, folder
     code = code.replace("http://127.0.0.1:8000", server.url).replace("--model MODEL", "--model demo")
     code = code.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
     code = re.sub(
-        r"(loramux (?:ask|adapters) .*?)(\s+#.*)?$", rf"\1 --url {server.url}", code, flags=re.MULTILINE
+        r"(loramux (?:ask|adapters|jobs) .*?)(\s+#.*)?$", rf"\1 --url {server.url}", code, flags=re.MULTILINE
     )
     command = [sys.executable, "-c", code] if kind == "python" else ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(

@@ -23,7 +23,18 @@ from loadtests.parity import TOLERANCES, StreamCheck, Tokens, summarize
 from loadtests.peers.loader import OurLoader, PeftLoader, timed
 from loadtests.peers.peft_peer import PeftPeer
 from loadtests.report import Figure, Result, Spread, print_result, ratio, save
-from loadtests.scenarios import COLD, DIFFERENCE, OURS, SCENARIOS, WARM, Goal, Scenario
+from loadtests.scenarios import (
+    BESIDE_PROMPTS,
+    CACHED,
+    COLD,
+    DIFFERENCE,
+    OURS,
+    SCENARIOS,
+    UNCACHED,
+    WARM,
+    Goal,
+    Scenario,
+)
 from loadtests.server import base_name
 
 CARDS = [{"id": "tiny", "parent": None}, {"id": "bench-0", "parent": "tiny", "generation": "aa"}]
@@ -45,7 +56,9 @@ class ScriptedServer(BaseHTTPRequestHandler):
             return
         count = body["max_tokens"] - (body["prompt"][0] == 13)
         events = [self._piece(f"t{i}", "logprobs" in body, last=i == count - 1) for i in range(count)]
-        events.append({"choices": [], "usage": {"completion_tokens": count}})
+        details = {"cached_tokens": len(body["prompt"]) - 1}
+        usage = {"completion_tokens": count, "prompt_tokens_details": details}
+        events.append({"choices": [], "usage": usage})
         if body["model"] == "broken":
             events = [events[0], {"error": {"message": "the engine stopped"}}]
         stream = b"".join(f"data: {json.dumps(event)}\n\n".encode() for event in events) + b"data: [DONE]\n\n"
@@ -93,9 +106,28 @@ def test_client_sends_fixed_greedy_requests_and_reads_every_token(scripted: str)
         assert "logprobs" not in body
 
 
+def test_client_keeps_out_of_the_prefix_cache_unless_told_otherwise(scripted: str) -> None:
+    requests = [Request([1, 2], None, 2)] * 2
+    fresh = run_load(scripted, "tiny", requests)
+    run_load(scripted, "tiny", requests, extra={"cache_salt": "ours"})
+    salts = [body["cache_salt"] for body in ScriptedServer.seen]
+    assert len(set(salts[:2])) == 2
+    assert salts[2:] == ["ours", "ours"]
+    assert [stream.cached_tokens for stream in fresh.streams] == [1, 1]
+
+
 def test_client_reads_token_names_when_asked(scripted: str) -> None:
     load = run_load(scripted, "tiny", [Request([1], None, 3)], token_names=True)
     assert load.streams[0].token_names == ["t0", "t1", "t2"]
+
+
+def test_client_sends_what_a_scenario_adds(scripted: str) -> None:
+    load = run_load(scripted, "tiny", [Request([1], None, 4)], extra={"logprobs": 5, "ignore_eos": False})
+    assert load.streams[0].tokens == 4
+    body = ScriptedServer.seen[-1]
+    assert (body["logprobs"], body["ignore_eos"], body["max_tokens"]) == (5, False, 4)
+    with pytest.raises(BenchError, match="asked for 8 tokens, got 4"):  # this server gives one answer
+        run_load(scripted, "tiny", [Request([1], None, 4)], extra={"n": 2})
 
 
 @pytest.mark.parametrize(
@@ -342,3 +374,37 @@ def test_smallest_scenario_of_adapters_that_come_and_go(
     for figure in figures[:2]:
         parity = figure["parity"]
         assert (parity["streams"], parity["violations"], parity["unreadable"]) == (1, 0, 0)
+
+
+@pytest.mark.e2e
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["shared-prefix", "long-prompts-beside"])
+def test_smallest_scenarios_of_long_prompts(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = add_tokenizer(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "result.json"
+    sizes = [
+        "--streams",
+        "2",
+        "--new-tokens",
+        "8",
+        "--prompt-tokens",
+        "64",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
+    assert bench.main([name, "--model", str(model), *sizes, "--json", str(file)]) == 0
+    first, second = json.loads(file.read_text())["figures"]
+    for figure in (first, second):
+        parity = figure["parity"]
+        assert (parity["streams"], parity["violations"], parity["unreadable"]) == (2, 0, 0)
+    if name == "shared-prefix":
+        assert (first["name"], second["name"]) == (UNCACHED, CACHED)
+        assert first["note"].startswith("0 of 96")
+        assert second["note"].startswith("64 of 96")
+    else:
+        assert (first["note"], second["name"]) == ("0 prompts beside", BESIDE_PROMPTS)
+        assert int(second["note"].split()[0]) > 0

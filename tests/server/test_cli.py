@@ -162,7 +162,7 @@ def test_a_failing_start_leaves_no_worker_and_no_noise(
     assert outcome.is_one_sentence(), outcome.err
     assert f"cannot read the tokenizer of '{model}'" in outcome.err
     assert not [record for record in caplog.records if record.name == "asyncio"]
-    assert not [child for child in children(os.getpid()) if "engine.worker" in child]
+    assert not [child for child in children(os.getpid()) if "loramux_server.engine" in child]
 
 
 # --- ask ---------------------------------------------------------------------------------------------------------------

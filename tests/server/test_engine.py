@@ -69,7 +69,11 @@ def test_no_interleaving_leaks(crowded: tuple[Engine, list[AdapterRef]], events:
             name = f"r{len(added)}"
             ref = refs[adapter - 1] if adapter else None
             added[name] = request(
-                name, [5 + (length * k) % 300 for k in range(length)], ref, max_tokens=count
+                # three families, so that many begin alike
+                name,
+                [5 + (1 + length % 3) * k for k in range(length)],
+                ref,
+                max_tokens=count,
             )
             engine.add(added[name])
         else:

@@ -64,14 +64,33 @@ class FakeResidency:
         self.references[generation] -= 1
 
 
+class RecordingScheduler(Scheduler):
+    preempted: list[Sequence]  # in the latest step
+
+    def schedule(self) -> Plan:
+        self.preempted = []
+        return super().schedule()
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preempted.append(sequence)
+        super()._preempt(sequence)
+
+
 class Driver:
     def __init__(
-        self, *, blocks: int = 64, seqs: int = 8, budget: int = 32, quantum: int = 64, **residency: int
+        self,
+        *,
+        blocks: int = 64,
+        seqs: int = 8,
+        budget: int = 32,
+        quantum: int = 64,
+        caching: bool = False,
+        **residency: int,
     ) -> None:
         self.adapters = FakeResidency(**residency)
-        self.blocks = BlockManager(blocks, BLOCK)
+        self.blocks = BlockManager(blocks, BLOCK, prefix_caching=caching)  # prompts all begin alike
         limits = SchedulerLimits(seqs, budget, quantum)
-        self.scheduler = Scheduler(limits, self.blocks, self.adapters)
+        self.scheduler = RecordingScheduler(limits, self.blocks, self.adapters)
         self.alive: list[Sequence] = []
         self.failed: list[str] = []
         self.done: list[str] = []
@@ -102,8 +121,9 @@ class Driver:
             self.failed.append(sequence.id)
             self.alive.remove(sequence)
         for item in plan.scheduled:
-            samples = item.samples
+            samples, start = item.samples, item.sequence.num_computed
             item.sequence.num_computed += item.count
+            self.blocks.publish(item.sequence, start)
             if samples:
                 item.sequence.output.append(1)
                 if len(item.sequence.output) == item.sequence.params.max_tokens:
@@ -130,7 +150,7 @@ class Driver:
             assert item.sequence.status is Status.RUNNING
             assert 1 <= item.count <= item.sequence.num_pending
             assert len(item.sequence.blocks) * BLOCK >= item.sequence.num_computed + item.count
-        still = [s for s in decoding if s.status is Status.RUNNING and s.num_computed]
+        still = [s for s in decoding if s not in self.scheduler.preempted]
         assert scheduled[: len(still)] == still, "a decoding sequence was not first, or not at all"
 
     def check(self) -> None:
@@ -284,6 +304,15 @@ def test_a_failing_adapter_fails_only_its_own() -> None:
     assert sorted(driver.done) == ["base", "g1"]
 
 
+def test_what_the_cache_has_is_not_scheduled_again() -> None:
+    driver = Driver(caching=True)
+    driver.add(30, answer=1, name="first")
+    driver.step()
+    driver.add(31, answer=1, name="second")
+    driver.add(31, answer=1, adapter="a", name="other weights")
+    assert counts(driver.step()) == {"second": 7, "other weights": 25}
+
+
 def test_references_are_given_back_when_preempted() -> None:
     driver = Driver(blocks=4, budget=32)
     driver.add(15, answer=10, adapter="a", name="old")
@@ -332,9 +361,11 @@ def test_a_long_prompt_gets_the_memory_it_waits_for() -> None:
 class SchedulerMachine(RuleBasedStateMachine):
     """Any interleaving of arrivals, aborts, breaking adapters and steps; `Driver` checks after each."""
 
+    caching = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.driver = Driver(blocks=12, seqs=4, budget=16, quantum=24, slots=2, delay=1)
+        self.driver = Driver(blocks=12, seqs=4, budget=16, quantum=24, slots=2, delay=1, caching=self.caching)
 
     @rule(
         prompt=st.integers(1, 60),
@@ -369,5 +400,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not +self.driver.adapters.references
 
 
+class CachingMachine(SchedulerMachine):
+    caching = True
+
+
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+CachingMachine.TestCase.settings = SchedulerMachine.TestCase.settings
 test_any_interleaving_ends_and_leaks_nothing = SchedulerMachine.TestCase
+test_any_interleaving_with_shared_prefixes_ends_and_leaks_nothing = CachingMachine.TestCase

@@ -82,7 +82,7 @@ def test_running_requests_get_the_same_tokens(
     def step_and_verify() -> Any:
         nonlocal slices
         verifications._credit = 0.0  # no debts: slices after every step, as tightly interleaved as can be
-        slices += not verifications.is_reading
+        slices += not verifications.is_waiting
         answer = verifications.advance(decoding=True)
         if answer is not None:
             found.append(answer)
@@ -138,7 +138,7 @@ def test_decoding_has_three_quarters_of_the_time(
     monkeypatch.setattr(verification, "verification_steps", slices)
     verifications = Verifications(engine.base, lambda: now)
     verifications.add(VerifyAdapter("v", adapters[0], PROBE))
-    while verifications._reading is None or verifications.is_reading:
+    while verifications._reading is None or verifications.is_waiting:
         assert verifications.advance(decoding=True) is None
     began, pauses = now, []
     while spent < 200 * slice_:
@@ -287,7 +287,7 @@ async def test_giving_up_makes_room_for_the_next(client: WorkerClient, tmp_path:
     began = time.monotonic()
     assert (await client.verify(adapter, PROBE)).verdict == "ok"
     alone = time.monotonic() - began
-    assert client._verifications == {}
+    assert client._pending.verifications == {}
     assert alone < 15  # forty of the long ones take minutes
 
 

@@ -82,6 +82,18 @@ def test_shares_are_tokens_and_not_requests(room: int) -> None:
     assert tokens["long"] == pytest.approx(tokens["short"], rel=0.1)
 
 
+def test_tokens_of_the_prefix_cache_cost_nothing() -> None:
+    """Turns are about what is left to compute: nine of ten tokens of "known" prompts are there already."""
+    line = filled(("known", 500, 10), ("new", 500, 10))
+
+    def admit(item: Sequence) -> Verdict:
+        item.num_computed = 9 if item.generation == "known" else 0
+        return Verdict.ADMITTED
+
+    served = [item.generation for item in serve(line, 110, admit)]
+    assert served.count("known") == pytest.approx(10 * served.count("new"), rel=0.2)
+
+
 def test_a_long_prompt_is_admitted_after_enough_rounds() -> None:
     line = filled(("long", 1, 10 * QUANTUM), ("short", 300, 8))
     order = [s.id for s in serve(line, 1000)]

@@ -99,6 +99,7 @@ def test_answers_are_of_the_generation_they_began_with(
         min(seen[kind] for kind in ("loaded", "replaced", "rolled back", "deleted", "aborted", "pins")) > 2
     ), seen
     assert engine.scheduler.preemptions > 0
+    assert engine.blocks.hits > 0, "no prompt came from the prefix cache"
 
 
 def test_an_answer_of_another_generation_is_noticed(

@@ -27,6 +27,7 @@ from loramux_adapters.files import fsync_directory, replace_file, storage_error,
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.weights import LoraWeights
 
+CHECKPOINTS = "checkpoints"  # below the directory of a run
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 RESUMABLE = 2  # checkpoints whose optimizer state is kept
@@ -131,6 +132,19 @@ class Checkpoints:
     def _thin(self) -> None:
         for step in self.steps()[:-RESUMABLE]:
             (self.path(step) / OPTIMIZER_FILE).unlink(missing_ok=True)
+
+
+def check_output(out: Path, *, resume: bool) -> None:
+    """Raises TrainingError rather than write over an adapter, or start anew where a run could go on."""
+    if (out / CONFIG_FILE).exists():
+        raise TrainingError(f"{out} holds a finished adapter; choose another directory", param="out")
+    if not resume and Checkpoints(out / CHECKPOINTS).steps():
+        raise TrainingError(
+            f"{out} holds the checkpoints of an unfinished run; continue it with resume, or choose another directory",
+            param="out",
+        )
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is not a directory", param="out")
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

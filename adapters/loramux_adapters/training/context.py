@@ -1,4 +1,8 @@
-"""How long a row may be before the base's rotary embedding computes it otherwise than when serving. No torch."""
+"""The longest context whose positions a base computes the same whatever else is in the batch. No torch.
+
+"dynamic" and "longrope" rotary embeddings rescale every position by the longest row of a forward pass; in a batch of
+strangers, or of training samples, only the length below which they do nothing is safe.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 def context_length(config: Any) -> int:
-    """`max_position_embeddings`, or what was there before a scaling that depends on the longest row of a batch."""
+    """`max_position_embeddings` of a text config, or what it was before such a scaling."""
     longest = int(getattr(config, "max_position_embeddings", _DEFAULT))
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [value for value in rope.values() if isinstance(value, dict)] or [rope]:

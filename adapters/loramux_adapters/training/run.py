@@ -5,50 +5,43 @@
 
 Promises: nothing of the served model changes, not even for a moment; whatever stops a run, `resume=True` continues it
 from its last checkpoint to the same adapter (on the CPU to the last bit); an adapter is at `out` only when the run is
-complete. Not thread-safe: whoever owns the device drives it.
+complete. Not thread-safe: whoever owns the device drives it; with a `writer` only files are left to another thread.
 """
 
 from __future__ import annotations
 
-import datetime
-import platform
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
-from loramux_adapters import __version__
-from loramux_adapters.adapter_files import CONFIG_FILE
-from loramux_adapters.errors import TrainingError
-from loramux_adapters.spec import AdapterSpec, BaseGeometry
-from loramux_adapters.training.batches import Batches, Unit, pack
-from loramux_adapters.training.checkpoints import Checkpoints, Snapshot, check_identity, publish
+from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.training.batches import Batches
+from loramux_adapters.training.checkpoints import (
+    CHECKPOINTS,
+    Checkpoints,
+    Snapshot,
+    check_identity,
+    check_output,
+    publish,
+)
 from loramux_adapters.training.context import context_length
 from loramux_adapters.training.diagnoses import Diagnosis, diagnose
+from loramux_adapters.training.inputs import TrainingInputs, read_inputs
 from loramux_adapters.training.layerwise import LayerStack
 from loramux_adapters.training.lora import TrainedAdapter
+from loramux_adapters.training.manifest import MANIFEST_FILE, manifest_of
+from loramux_adapters.training.memory import check_memory, free_memory
 from loramux_adapters.training.optimizers import restore_state, state_of
-from loramux_adapters.training.recipe import (
-    Recipe,
-    ResolvedRecipe,
-    TrainingBase,
-    check_device,
-    resolve,
-    sequence_length,
-)
-from loramux_adapters.training.rows import read_rows
-from loramux_adapters.training.samples import DataSet, Tokenize, tokenize_rows
-from loramux_adapters.training.start import continued, new_spec, stamped
+from loramux_adapters.training.recipe import Recipe, TrainingBase
 from loramux_adapters.training.trainer import StepReport, Trainer
 from loramux_adapters.twin import twin_of
 from loramux_adapters.weights import LoraWeights
 
-MANIFEST_FILE = "training_manifest.json"
-CHECKPOINTS = "checkpoints"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +62,8 @@ class CheckpointReport:
 
 
 Event = StepReport | EvalReport | CheckpointReport | Diagnosis
+# Besides events: None is a slice done, a Future says that there is nothing to do until it is.
+Slice = Event | Future[Any] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +75,31 @@ class TrainingResult:
     manifest: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    recipe: ResolvedRecipe
-    why: dict[str, str]
-    data: DataSet
-    validation: DataSet | None
-    units: list[Unit]
-
-
 class TrainingRun:
     """See the module. `recipe`, `why`, `data` and `validation` are for showing before it starts."""
 
     def __init__(
-        self, model: PreTrainedModel, geometry: BaseGeometry, prepared: _Prepared, spec: AdapterSpec,
-        initial: LoraWeights | None, asked: Recipe, out: Path,
+        self, geometry: BaseGeometry, inputs: TrainingInputs, adapter: TrainedAdapter, stack: LayerStack,
+        out: Path, initial: LoraWeights | None,
     ) -> None:  # fmt: skip
-        self.recipe, self.why = prepared.recipe, prepared.why
-        self.data, self.validation = prepared.data, prepared.validation
-        self.warnings = [*prepared.data.report.warnings]
+        """`building` makes one."""
+        self.recipe, self.why = inputs.recipe, inputs.why
+        self.data, self.validation = inputs.data, inputs.validation
+        self.warnings = [*inputs.data.report.warnings]
         self.history: list[dict[str, Any]] = []
         self.out = out
-        self._asked = asked
+        self.adapter = adapter
+        self.saved_step = 0  # of the latest checkpoint
+        self._inputs = inputs
         self._geometry = geometry
         self._checkpoints = Checkpoints(out / CHECKPOINTS)
-        self._dtype, self._device = str(model.dtype).removeprefix("torch."), str(model.device)
-        twin = twin_of(model)
+        self._dtype, self._device = str(stack.dtype).removeprefix("torch."), str(stack.device)
         recipe = self.recipe
-        self.adapter = TrainedAdapter.install(
-            twin, spec, geometry, seed=recipe.seed, dropout=recipe.lora_dropout, initial=initial
-        )
-        batches = Batches(prepared.units, recipe.batch_size, recipe.gradient_accumulation_steps, recipe.seed)
-        self._trainer = Trainer(LayerStack(twin), self.adapter, recipe, self.data.samples, batches)
+        batches = Batches(inputs.units, recipe.batch_size, recipe.gradient_accumulation_steps, recipe.seed)
+        self._trainer = Trainer(stack, self.adapter, recipe, self.data.samples, batches)
         self._identity = {
             "base": geometry.identity,
-            "data": self.data.digest(),
+            "data": inputs.digest,
             "initial": None if initial is None else initial.generation,
             "recipe": recipe.to_json(),
         }
@@ -129,29 +114,49 @@ class TrainingRun:
 
         Raises TrainingError, or BaseModelError for a base that cannot be trained.
         """
-        config = model.config.get_text_config()
-        base = TrainingBase(geometry, config.hidden_size, context_length(config), model.device.type)
-        check_device(recipe, base)
         check_output(out, resume=resume)
-        if initial is not None:
-            recipe = continued(recipe, initial.spec, geometry)
-        length = sequence_length(recipe, base)
-        tokenize = Tokenize(tokenizer, train_on_inputs=recipe.train_on_inputs, chat_template=chat_template)
-        data = _read(training_file, tokenize, length, "training_file")
-        validation = None
-        if validation_file is not None:
-            validation = _read(validation_file, tokenize, length, "validation_file")
-        lengths = [len(sample) for sample in data.samples]
-        units: list[Unit] = [(index,) for index in range(len(lengths))]
-        if recipe.packing:
-            units = pack(lengths, length)
-        resolved, why = resolve(recipe, base, len(units), validated=validation is not None)
-        spec = initial.spec if initial is not None else new_spec(resolved)
-        spec = stamped(spec, geometry)
-        prepared = _Prepared(resolved, why, data, validation, units)
-        run = cls(model, geometry, prepared, spec, initial, recipe, out)
+        inputs = read_inputs(
+            training_base(model, geometry),
+            tokenizer,
+            recipe,
+            training_file,
+            validation_file=validation_file,
+            initial=None if initial is None else initial.spec,
+            chat_template=chat_template,
+        )
+        building = cls.building(model, geometry, inputs, out, initial=initial, resume=resume)
+        while True:
+            try:
+                next(building)
+            except StopIteration as end:
+                run: TrainingRun = end.value
+                return run
+
+    @classmethod
+    def building(
+        cls, model: PreTrainedModel, geometry: BaseGeometry, inputs: TrainingInputs, out: Path, *,
+        initial: LoraWeights | None = None, resume: bool = False, writer: Executor | None = None,
+        reserved: int = 0, memory_name: str = "memory",
+    ) -> Generator[Future[Any] | None, None, TrainingRun]:  # fmt: skip
+        """The run of what `read_inputs` gave, in slices as `slices` has them.
+
+        `reserved` bytes of the memory that is free are not training's. Raises TrainingError or BaseModelError.
+        """
+        check_output(out, resume=resume)
+        needed = inputs.memory(model.config.get_text_config(), geometry, model.dtype.itemsize)
+        check_memory(needed, free_memory(model.device) - reserved, memory_name)
+        twin = twin_of(model)
+        yield None
+        seed, dropout = inputs.recipe.seed, inputs.recipe.lora_dropout
+        adapter = TrainedAdapter.install(
+            twin, inputs.spec, geometry, seed=seed, dropout=dropout, initial=initial
+        )
+        yield None
+        run = cls(geometry, inputs, adapter, LayerStack(twin), out, initial)
+        yield None
         if resume:
-            run._resume()
+            checkpoints = run._checkpoints
+            run._resume(*(yield from elsewhere(writer, lambda: checkpoints.latest(geometry))))
         return run
 
     @property
@@ -178,10 +183,11 @@ class TrainingRun:
     def trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self._trainer.parameters.values())
 
-    def slices(self) -> Generator[Event | None, None, TrainingResult]:
-        """Train to the end. None is a place to stop; so is an event. Raises TrainingError or StorageError."""
-        if self.step == 0:
+    def slices(self, writer: Executor | None = None) -> Generator[Slice, None, TrainingResult]:
+        """Train to the end; every yield is a place to stop. Raises TrainingError or StorageError."""
+        if self.step == 0 or self._owes_validation():
             yield from self._validate()
+        yield from self._diagnoses()
         while self.step < self.recipe.total_steps:
             report = yield from self._trainer.slices()
             self.history.append({key: value for key, value in asdict(report).items() if key in _CURVE})
@@ -190,17 +196,38 @@ class TrainingRun:
                 yield from self._validate()
             yield from self._diagnoses()
             if self._due(self.recipe.save_steps):
-                yield self.save()
-        return self._finish()
+                yield (yield from self.saving(writer))
+        weights = self.adapter.weights()
+        return (yield from elsewhere(writer, lambda: self._finish(weights)))
 
     def save(self) -> CheckpointReport:
-        """A checkpoint now; between two steps only, that is after a StepReport or before the first slice."""
+        """A checkpoint of the last whole step; at any stop. What the step under way has computed is not in it."""
+        try:
+            next(self.saving(None))
+        except StopIteration as end:
+            report: CheckpointReport = end.value
+            return report
+        raise AssertionError("without a writer there is nothing to wait for")
+
+    def saving(self, writer: Executor | None) -> Generator[Future[Any], None, CheckpointReport]:
+        """`save`, with the files left to the writer."""
+        snapshot = self._snapshot()
+        path = yield from elsewhere(writer, lambda: self._checkpoints.save(snapshot))
+        self.saved_step = snapshot.step
+        return CheckpointReport(snapshot.step, path)
+
+    def _snapshot(self) -> Snapshot:
+        """A copy, so that training may go on."""
         tensors, numbers = state_of(self._trainer.optimizer, self._trainer.parameters)
-        snapshot = Snapshot(self.step, self.adapter.weights(), tensors, numbers, self._identity, self.history)
-        return CheckpointReport(self.step, self._checkpoints.save(snapshot))
+        history = [dict(entry) for entry in self.history]
+        return Snapshot(self.step, self.adapter.weights(), tensors, numbers, self._identity, history)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.recipe.total_steps)
+
+    def _owes_validation(self) -> bool:
+        """Stopped between a step and the validation that was to follow it."""
+        return self._due(self.recipe.eval_steps) and "valid_loss" not in self.history[-1]
 
     def _validate(self) -> Generator[Event | None, None, None]:
         if self.validation is None:
@@ -223,8 +250,7 @@ class TrainingRun:
                 self.warnings.append(f"step {diagnosis.step}: {diagnosis.message}")
                 yield diagnosis
 
-    def _resume(self) -> None:
-        snapshot, problems = self._checkpoints.latest(self._geometry)
+    def _resume(self, snapshot: Snapshot | None, problems: list[str]) -> None:
         self.warnings += problems
         if snapshot is None:
             return
@@ -233,64 +259,37 @@ class TrainingRun:
         restore_state(
             self._trainer.optimizer, self._trainer.parameters, snapshot.optimizer, snapshot.optimizer_numbers
         )
-        self._trainer.step = snapshot.step
+        self._trainer.step = self.saved_step = snapshot.step
         self.history = [dict(entry) for entry in snapshot.history]
 
-    def _finish(self) -> TrainingResult:
-        weights = self.adapter.weights()
-        manifest = self._manifest(weights)
+    def _finish(self, weights: LoraWeights) -> TrainingResult:
+        manifest = manifest_of(
+            self._inputs,
+            self._geometry,
+            weights,
+            self.history,
+            dtype=self._dtype,
+            device=self._device,
+            parameters=self.trainable_parameters,
+        )
         publish(self.out, weights, MANIFEST_FILE, manifest)
         return TrainingResult(self.out, weights, manifest)
-
-    def _manifest(self, weights: LoraWeights) -> dict[str, Any]:
-        data = asdict(self.data.report) | {"digest": self.data.digest()}
-        return {
-            "format": 1,
-            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "generation": weights.generation,
-            "base": {
-                "name": self._geometry.name,
-                "identity": self._geometry.identity,
-                "dtype": self._dtype,
-                "device": self._device,
-            },
-            "recipe": self.recipe.to_json(),
-            "asked": self._asked.model_dump(exclude_unset=True),
-            "auto": self.why,
-            "trainable_parameters": self.trainable_parameters,
-            "data": data,
-            "validation": None if self.validation is None else asdict(self.validation.report),
-            "loss_curve": self.history,
-            "versions": {
-                "loramux": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
 
 
 _CURVE = ("step", "epoch", "train_loss", "train_mean_token_accuracy", "learning_rate", "grad_norm")
 
 
-def check_output(out: Path, *, resume: bool) -> None:
-    """Raises TrainingError rather than write over an adapter, or start anew where a run could go on."""
-    if (out / CONFIG_FILE).exists():
-        raise TrainingError(f"{out} holds a finished adapter; choose another directory", param="out")
-    if not resume and Checkpoints(out / CHECKPOINTS).steps():
-        raise TrainingError(
-            f"{out} holds the checkpoints of an unfinished run; continue it with resume, or choose another directory",
-            param="out",
-        )
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is not a directory", param="out")
+def training_base(model: PreTrainedModel, geometry: BaseGeometry) -> TrainingBase:
+    """What `read_inputs` must know of a base."""
+    config = model.config.get_text_config()
+    return TrainingBase(geometry, config.hidden_size, context_length(config), model.device.type)
 
 
-def _read(path: Path, tokenize: Tokenize, length: int, param: str) -> DataSet:
-    file = read_rows(path, param=param)
-    try:
-        return tokenize_rows(file.rows, tokenize, length, file=file.name, sha256=file.sha256)
-    except TrainingError as error:
-        if error.param == "training_file":  # said of rows, whichever file they are from
-            raise TrainingError(f"{path.name}: {error.message}", param=param, code=error.code) from error
-        raise
+def elsewhere(writer: Executor | None, work: Callable[[], _T]) -> Generator[Future[Any], None, _T]:
+    """What `work` returns: computed here, or by the writer while the caller is told to do something else."""
+    if writer is None:
+        return work()
+    working = writer.submit(work)
+    while not working.done():
+        yield working
+    return working.result()

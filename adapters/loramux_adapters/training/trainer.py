@@ -22,11 +22,10 @@ from loramux_adapters.training.attention import Segment
 from loramux_adapters.training.batches import Batches
 from loramux_adapters.training.layerwise import Call, LayerStack
 from loramux_adapters.training.lora import TrainedAdapter
+from loramux_adapters.training.memory import LOGITS_PER_CHUNK
 from loramux_adapters.training.optimizers import build_optimizer
 from loramux_adapters.training.recipe import ResolvedRecipe, learning_rate_factor
 from loramux_adapters.training.samples import Sample
-
-LOGITS_PER_CHUNK = 2**25  # elements: 128 MiB in fp32
 
 Slices = Generator[None, None, None]
 

@@ -1,14 +1,15 @@
-"""From pieces of text to an HTTP answer, whole or streamed; the part that completions and chat share.
+"""From pieces of text to an HTTP answer, whole or streamed; the part that the endpoints share.
 
-What differs between the two is a `Shape`. Usage counts every prompt once, however many choices it has.
+What differs between them is a `Shape`. Usage counts every prompt once, however many choices it has.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -22,7 +23,6 @@ from loramux_server.api.protocol import SamplingBody
 from loramux_server.api.stream import DONE, EventStream, encode_event, unless_disconnected
 from loramux_server.api.wire import (
     ChatChunk,
-    ChatCompletion,
     Completion,
     FinishReason,
     PromptTokensDetails,
@@ -55,6 +55,12 @@ class Choice:
 class Shape(Protocol):
     """How one endpoint writes an answer."""
 
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> msgspec.Struct: ...
+
+
+class ChunkShape(Shape, Protocol):
+    """How one endpoint writes an answer in chunks."""
+
     def opening(self) -> Iterable[Completion | ChatChunk]:
         """What a stream begins with, once the first token is there."""
         ...
@@ -64,8 +70,6 @@ class Shape(Protocol):
     def empty_chunk(self) -> Completion | ChatChunk:
         """A chunk without choices, for the usage."""
         ...
-
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> Completion | ChatCompletion: ...
 
 
 class UsageCount:
@@ -92,17 +96,29 @@ class UsageCount:
         )
 
 
+# How an answer is streamed: pieces in, server-sent events out.
+Events = Callable[[AsyncGenerator[Piece, None], UsageCount], AsyncGenerator[bytes, None]]
+
+
 async def respond(
-    request: Request, api: ApiContext, ask: Ask, shape: Shape, body: SamplingBody, held: ExitStack
+    request: Request, api: ApiContext, ask: Ask, shape: Shape, events: Events | None, held: ExitStack
 ) -> Response:
-    """Run `ask` and answer. `held` (the adapter's lease) is given back when the last token was sent."""
+    """Run `ask` and answer, with a stream if there are `events`.
+
+    `held` (the adapter's lease) is given back when the last token was sent.
+    """
     headers = ask.target.headers
     pieces = run(api.engine, ask, api.texts.pieces, api.metrics)
-    if body.stream:
-        events = _events(pieces, shape, UsageCount(ask), body)
-        return await EventStream.open(request.receive, events, held.pop_all(), headers)
+    if events is not None:
+        stream = events(pieces, UsageCount(ask))
+        return await EventStream.open(request.receive, stream, held.pop_all(), headers)
     whole = await unless_disconnected(request.receive, _collect(pieces, shape, ask))
     return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
+
+
+def chunk_events(shape: ChunkShape, body: SamplingBody) -> Events | None:
+    """The stream of chunks that the body asks for, if it asks for one."""
+    return partial(_chunk_events, shape, body) if body.stream else None
 
 
 def count_sequences(prompts: int, n: int, limit: int) -> None:
@@ -121,9 +137,7 @@ def ignored_fields_header(names: Sequence[str]) -> dict[str, str]:
     return {"x-loramux-ignored-fields": ", ".join(plain)}
 
 
-async def _collect(
-    pieces: AsyncGenerator[Piece, None], shape: Shape, ask: Ask
-) -> Completion | ChatCompletion:
+async def _collect(pieces: AsyncGenerator[Piece, None], shape: Shape, ask: Ask) -> msgspec.Struct:
     choices = [Choice(index) for index in range(len(ask.prompts) * ask.n)]
     count = UsageCount(ask)
     async with aclosing(pieces):
@@ -152,8 +166,8 @@ def _best(choices: list[Choice], ask: Ask) -> list[Choice]:
     return kept
 
 
-async def _events(
-    pieces: AsyncGenerator[Piece, None], shape: Shape, count: UsageCount, body: SamplingBody
+async def _chunk_events(
+    shape: ChunkShape, body: SamplingBody, pieces: AsyncGenerator[Piece, None], count: UsageCount
 ) -> AsyncGenerator[bytes, None]:
     options = body.stream_options
     in_every_chunk = bool(options and options.continuous_usage_stats)

@@ -14,11 +14,19 @@ from loramux_server.api.context import ApiContext, ApiSettings
 from loramux_server.api.middleware import Envelope
 from loramux_server.api.models import ModelNames
 from loramux_server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from loramux_server.api.responses_protocol import ResponsesBody
 from loramux_server.api.routes.adapters import ADAPTER_ANSWERS, ADAPTER_BODIES, adapters_router
 from loramux_server.api.routes.chat import chat_router
 from loramux_server.api.routes.completions import completions_router
 from loramux_server.api.routes.exports import EXPORT_ANSWERS, EXPORT_BODIES, exports_router
+from loramux_server.api.routes.files import FILE_ANSWERS, files_router
+from loramux_server.api.routes.fine_tuning import (
+    FINE_TUNING_ANSWERS,
+    FINE_TUNING_BODIES,
+    fine_tuning_router,
+)
 from loramux_server.api.routes.models import models_router
+from loramux_server.api.routes.responses import RESPONSES_ANSWERS, responses_router
 from loramux_server.api.routes.service import service_router
 from loramux_server.api.routes.tokens import tokens_router
 from loramux_server.api.routes.vllm import vllm_router
@@ -29,6 +37,7 @@ from loramux_server.api.wire import (
     Detokenized,
     Health,
     ModelCard,
+    ModelDeleted,
     ModelList,
     Tokenized,
     Version,
@@ -37,6 +46,8 @@ from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.interface import AdapterDirectory, EngineClient
 from loramux_server.exports.manager import ExportManager
 from loramux_server.metrics import Metrics
+from loramux_server.tracing import Tracing
+from loramux_server.training.manager import JobManager
 
 __all__ = ["ApiSettings", "create_app"]
 
@@ -51,10 +62,13 @@ def create_app(
     chat_template: str | None = None,
     catalog: AdapterCatalog | None = None,
     exports: ExportManager | None = None,
+    jobs: JobManager | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own.
 
-    Without a catalogue the routes that change adapters are not there, without `exports` those that export them.
+    Without a catalogue the routes that change adapters are not there, without `exports` those that export them,
+    without `jobs` those that train them.
     """
     api = ApiContext(
         engine=engine,
@@ -68,27 +82,37 @@ def create_app(
     app = FastAPI(
         title="loramux", version=settings.version, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    for router in (completions_router, chat_router, tokens_router, models_router, service_router):
+    for router in (
+        *(completions_router, chat_router, responses_router),
+        *(tokens_router, service_router),
+    ):
         app.include_router(router(api))
+    app.include_router(models_router(api, catalog))
     if catalog is not None:
         if exports is not None:
             app.include_router(exports_router(api, catalog, exports))  # first: adapters' names have slashes
         app.include_router(adapters_router(api, catalog))
         app.include_router(vllm_router(api, catalog))
+        if jobs is not None:
+            app.include_router(files_router(catalog, jobs))
+            app.include_router(fine_tuning_router(api, catalog, jobs))
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_envelope)
-    app.add_middleware(Envelope, metrics=metrics)
+    app.add_middleware(Envelope, metrics=metrics, tracing=tracing)
     openapi.install(
         app,
         [
-            *(CompletionBody, ChatBody, TokenizeBody, DetokenizeBody),
+            *(CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody),
             *(ADAPTER_BODIES if catalog else ()),
             *(EXPORT_BODIES if exports else ()),
+            *(FINE_TUNING_BODIES if jobs else ()),
         ],
         [
+            *RESPONSES_ANSWERS,
             *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard, Health, Version),
-            *(ADAPTER_ANSWERS if catalog else ()),
+            *([*ADAPTER_ANSWERS, ModelDeleted] if catalog else ()),
             *(EXPORT_ANSWERS if exports else ()),
+            *([*FILE_ANSWERS, *FINE_TUNING_ANSWERS] if jobs else ()),
         ],
     )
     return app

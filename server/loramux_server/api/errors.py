@@ -31,9 +31,12 @@ from loramux_adapters.errors import (
     TrainingError,
     UnknownAdapter,
     UnknownExport,
+    UnknownFile,
+    UnknownJob,
 )
 from loramux_server.api.body import BodyTooLarge, HeadersTooLarge, UnsupportedMediaType
 from loramux_server.api.idempotency import KeyReused
+from loramux_server.api.responses_store import UnknownResponse
 from loramux_server.api.uploads import CrossOrigin, UploadTimeout
 
 
@@ -50,6 +53,7 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     CrossOrigin: (403, "invalid_request_error"),
     UploadTimeout: (408, "invalid_request_error"),
     NotServed: (404, "invalid_request_error"),
+    UnknownResponse: (404, "invalid_request_error"),
     HeadersTooLarge: (431, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     UnsupportedMediaType: (415, "invalid_request_error"),
@@ -59,6 +63,8 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     TrainingError: (400, "invalid_request_error"),
     ExportError: (400, "invalid_request_error"),
     UnknownExport: (404, "invalid_request_error"),
+    UnknownFile: (404, "invalid_request_error"),
+    UnknownJob: (404, "invalid_request_error"),
     AdapterUnavailable: (503, "server_error"),
     EngineError: (503, "server_error"),
     Overloaded: (429, "rate_limit_error"),

@@ -6,11 +6,10 @@ and the files stay until then, also if the export is deleted meanwhile.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import tarfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loramux_adapters.files import CHUNK, open_regular
-from loramux_server.api.stream import unless_disconnected
+from loramux_server.api.stream import send_pieces, unless_disconnected
 from loramux_server.exports.jobs import ExportJob
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -47,7 +46,7 @@ class ExportDownload(Response):
             }
             await send(start)
             with closing(self._pieces()) as pieces:
-                await unless_disconnected(receive, _send_all(pieces, send))
+                await unless_disconnected(receive, send_pieces(pieces, send))
 
     def _pieces(self) -> Generator[bytes, None, None]:
         for path, header in self._members:
@@ -57,20 +56,6 @@ class ExportDownload(Response):
                     yield data
                 yield bytes(-os.fstat(file.fileno()).st_size % tarfile.BLOCKSIZE)
         yield _END
-
-
-async def _send_all(pieces: Iterator[bytes], send: Send) -> None:
-    while True:
-        reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
-        try:
-            piece = await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            await asyncio.wait((reading,))  # the thread must be out of the generator before it is closed
-            raise
-        if piece is None:
-            break
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _header(folder: str, path: Path) -> bytes:

@@ -38,6 +38,7 @@ class Ask:
     params: SamplingParams
     stops: tuple[str, ...]
     best: int | None = None  # this many are returned; None: all
+    scores_only: bool = False  # what is generated is dropped: the prompt's log-probabilities are the answer
     scores_end: bool = False  # the end token has an entry in the log-probabilities, too
     kept_tokens: frozenset[int] = frozenset()  # special tokens that are part of the text
 
@@ -97,7 +98,7 @@ async def _run_choice(
                 if output.finish in ("error", "abort"):
                     raise engine_failure(output.error, output.error_code)
                 piece = assembler.take(output)
-                tracked.tokens(piece.tokens)
+                tracked.tokens(piece.tokens, output.queue_seconds)
                 if piece.finish:
                     tracked.finished(piece.finish)
                 yield piece
@@ -114,6 +115,7 @@ class _Assembler:
         self._index = index
         self._params = params
         self._scores_end = ask.scores_end
+        self._scores_only = ask.scores_only
         self._detokenizer = Detokenizer(pieces, ask.kept_tokens)
         self._stops = StopMatcher(ask.stops)
         self._prompt_scores_due = params.prompt_logprobs is not None
@@ -122,6 +124,10 @@ class _Assembler:
         self._unsent: list[ScoredToken] = []
 
     def take(self, output: TokenOutput) -> Piece:
+        scores = (output.prompt_logprobs or []) if self._prompt_scores_due else None
+        self._prompt_scores_due = False
+        if self._scores_only:
+            return Piece(self._index, "", 0, [], "length", output.cached_tokens, prompt_scores=scores)
         text = ""
         taken = 0
         finish: EndReason | None = None
@@ -139,8 +145,6 @@ class _Assembler:
         if finish is None and output.finish is not None:
             text += self._finish()
             finish = "stop" if output.finish == "stop" or self._stops.cut is not None else "length"
-        scores = (output.prompt_logprobs or []) if self._prompt_scores_due else None
-        self._prompt_scores_due = False
         return Piece(
             self._index,
             text,

@@ -34,12 +34,17 @@ class Budget:
 def validate(model: type[Body], values: dict[str, object], refused: Mapping[str, tuple[Any, ...]]) -> Body:
     """The body as `model`; `refused` maps the fields we cannot honour to their neutral values."""
     body = parse(model, values)
+    refuse(values, refused)
+    _check_combinations(body)
+    return body
+
+
+def refuse(values: Mapping[str, object], refused: Mapping[str, tuple[Any, ...]], path: str = "") -> None:
+    """Raise RequestError about the first of the fields below `path` that asks for what we cannot do."""
     for name, neutral in refused.items():
         value = values.get(name)
         if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
-            raise unsupported(name, f"'{name}' is not supported by this server; leave it out")
-    _check_combinations(body)
-    return body
+            raise unsupported(path + name, f"'{path}{name}' is not supported by this server; leave it out")
 
 
 def parse(model: type[AnyBody], values: dict[str, object]) -> AnyBody:
@@ -94,6 +99,7 @@ def sampling_params(body: SamplingBody, wanted: Wanted, max_tokens: int, base: R
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
         grammar=wanted.grammar,
+        cache_salt=body.cache_salt,
     )
 
 
@@ -156,4 +162,7 @@ def first_fault(error: ValidationError) -> RequestError:
         elif not part.startswith("@"):  # the tag of a union
             path += f".{part}" if path else part
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return RequestError(f"{path}: {faults[0]['msg']}{more}", param=path)
+    message = faults[0]["msg"].removeprefix(
+        "Value error, "
+    )  # what pydantic puts before a validator's own words
+    return RequestError(f"{path}: {message}{more}", param=path)

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 INT31, INT64 = 2**31, 2**63
 
 # Field -> the values that change nothing. None always does.
-UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
-    "store": (False,),
+UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -32,6 +31,7 @@ UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
+UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_SAMPLING, "store": (False,)}
 UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_COMMON, "suffix": ("",)}
 UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     **UNSUPPORTED_COMMON,
@@ -52,12 +52,12 @@ UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _kind(value: object) -> str:
+def text_or_list(value: object) -> str:
     """The tag of a `string or list` field. Tags begin with @, so that error paths can leave them out."""
     return "@list" if isinstance(value, list) else "@text"
 
 
-def _object_kind(value: object) -> str:
+def text_or_object(value: object) -> str:
     """The tag of a `string or object` field."""
     return "@object" if isinstance(value, dict) else "@text"
 
@@ -77,7 +77,7 @@ class Strict(BaseModel):
 
 Stop = Annotated[
     Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4, fail_fast=True), Tag("@list")],
-    Discriminator(_kind),
+    Discriminator(text_or_list),
 ]
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT31)]], Field(max_length=64, fail_fast=True)]
 
@@ -105,7 +105,7 @@ class StructuredOutputs(Strict):
     json_: (
         Annotated[
             Annotated[str, Tag("@text")] | Annotated[dict[str, Any], Tag("@object")],
-            Discriminator(_object_kind),
+            Discriminator(text_or_object),
         ]
         | None
     ) = Field(None, alias="json")
@@ -115,12 +115,10 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
 
 
-class SamplingBody(Strict):
-    """What completions and chat have in common."""
+class Sampling(Strict):
+    """Who answers and how tokens are picked: what all endpoints have in common."""
 
     model: str = Field(min_length=1)
-    n: int | None = Field(None, ge=1, le=16)
-    max_tokens: int | None = Field(None, ge=1, lt=INT31)
     min_tokens: int | None = Field(None, ge=0, lt=INT31)
     ignore_eos: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -134,17 +132,25 @@ class SamplingBody(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: Stop | None = None
     stop_token_ids: StopTokenIds | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     # Hints to a provider's bookkeeping: nothing in an answer depends on them.
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+
+
+class SamplingBody(Sampling):
+    """What completions and chat have in common."""
+
+    n: int | None = Field(None, ge=1, le=16)
+    max_tokens: int | None = Field(None, ge=1, lt=INT31)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
 
 
 # fail_fast: a million wrong elements must not become a million error objects.
@@ -161,6 +167,7 @@ class CompletionBody(SamplingBody):
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("@token_lists")],
         Discriminator(_prompt_kind),
     ]
+    max_tokens: int | None = Field(None, ge=0, lt=INT31)
     best_of: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -173,7 +180,7 @@ class ContentPart(Strict):
 
 Content = Annotated[
     Annotated[str, Tag("@text")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("@list")],
-    Discriminator(_kind),
+    Discriminator(text_or_list),
 ]
 
 
@@ -213,7 +220,7 @@ class NamedTool(Strict):
 
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("@text")] | Annotated[NamedTool, Tag("@object")],
-    Discriminator(_object_kind),
+    Discriminator(text_or_object),
 ]
 
 

@@ -8,7 +8,7 @@ disconnects, also while no event is due. Errors after the start are the middlewa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, aclosing
 from typing import Any, TypeVar
 
@@ -25,6 +25,10 @@ _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
+
+
+def named_event(name: str, payload: bytes) -> bytes:
+    return b"event: " + name.encode() + b"\n" + event(payload)
 
 
 def encode_event(payload: msgspec.Struct) -> bytes:
@@ -95,6 +99,21 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         working.cancel()
         watching.cancel()
         await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def send_pieces(pieces: Iterator[bytes], send: Send) -> None:
+    """A body from an iterator that reads the disk: on a thread, which is out of it when this ends."""
+    while True:
+        reading = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+        try:
+            piece = await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await asyncio.wait((reading,))
+            raise
+        if piece is None:
+            break
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _next(events: AsyncGenerator[bytes, None]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
 
 from loramux_adapters.errors import RequestError
 from loramux_server.api.body import parse_object
@@ -63,7 +63,7 @@ async def checked(body: SamplingBody, path: str, build: Build) -> str:
 def _compile(path: str, build: Build) -> str:
     try:
         grammar = build()
-    except (GbnfToLarkError, ValueError, LookupError, RecursionError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RequestError(f"{path}: cannot be read: {reason}", param=path) from error
     if len(grammar) > MAX_GRAMMAR_BYTES:
@@ -130,7 +130,12 @@ def _of_grammar(text: str) -> str:
     """Lark's notation is taken as it is, GBNF's is translated."""
     if len(text) > MAX_GRAMMAR_BYTES:
         raise ValueError(f"it is larger than {MAX_GRAMMAR_BYTES} bytes")
-    return LLMatcher.grammar_from_lark(any_to_lark(text))
+    try:
+        lark = any_to_lark(text)
+    # The translator says with any exception that a text is no grammar.
+    except Exception as error:
+        raise ValueError(str(error)) from error
+    return LLMatcher.grammar_from_lark(lark)
 
 
 def lark_string(text: str) -> str:

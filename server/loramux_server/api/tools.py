@@ -92,10 +92,10 @@ def plan_tools(body: ChatBody) -> ToolPlan | None:
         path = "tool_choice.function.name"
         raise RequestError(f"{path}: is none of the tools", param=path)
     forced = only is not None or choice == "required"
-    if forced and _has_format(body):
+    # response_format is about text, and a forced call has none: clients send both.
+    if forced and body.structured_outputs is not None:
         raise RequestError(
-            "tool_choice: a forced call has no room for response_format or structured_outputs",
-            param="tool_choice",
+            "tool_choice: a forced call has no room for structured_outputs", param="tool_choice"
         )
     return ToolPlan(tuple(body.tools), forced, only, body.parallel_tool_calls is not False)
 
@@ -137,8 +137,3 @@ def _as_plain(message: dict[str, Any], known: set[str]) -> dict[str, Any]:
     parts = [message["content"], *written] if message["content"] else written
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": "\n".join(parts)}
-
-
-def _has_format(body: ChatBody) -> bool:
-    format_ = body.response_format
-    return body.structured_outputs is not None or (format_ is not None and format_.type != "text")

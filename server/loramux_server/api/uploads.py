@@ -1,8 +1,8 @@
-"""A multipart/form-data upload of an adapter, streamed to disk: parts are named, bounded, and never held in memory.
+"""A multipart/form-data upload, streamed to disk: parts are named, bounded, and never held in memory.
 
-Promises: only the parts of `FILES` become files, in a fresh directory below the staging folder that is gone when the
-block is left, whatever happened; fields are short texts; a part too many, unknown, repeated or too large is a 4xx that
-names it. What the files hold is the gate's question. Parsing and writing run on a thread.
+Promises: only the parts that a `Form` calls files become files, in a fresh directory below the staging folder that is gone
+when the block is left, whatever happened; fields are short texts; a part too many, unknown, repeated or too large is a 4xx
+that names it. What the files hold is for others to ask. Parsing and writing run on a thread.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -56,21 +56,40 @@ class UploadTimeout(RequestError):
 
 
 @dataclass(frozen=True)
+class Form:
+    """What an upload may have: `files` with the largest size of each, and texts."""
+
+    files: Mapping[str, int]
+    fields: tuple[str, ...]
+    max_bytes: int  # of the whole body
+
+
+@dataclass(frozen=True)
 class Upload:
-    """What came: `directory` holds `files`; `digest` stands for all of it."""
+    """What came: `directory` holds `files` by their parts' names, with what the sender calls them; `digest` stands for
+    all of it."""
 
     directory: Path
     fields: dict[str, str]
-    files: frozenset[str]
+    files: Mapping[str, str]
     digest: str
 
 
-@asynccontextmanager
-async def receive_upload(
+def receive_upload(
     request: Request, staging: Path, limits: GateLimits, *, idle_s: float = IDLE_S
+) -> AbstractAsyncContextManager[Upload]:
+    """Read an adapter."""
+    archive = limits.max_file_bytes + limits.max_config_bytes + MAX_README_BYTES
+    files = {name: limits.max_bytes(name) for name in ADAPTER_FILES} | {ARCHIVE: archive}
+    return receive_form(request, staging, Form(files, FIELDS, max_body_bytes(limits)), idle_s=idle_s)
+
+
+@asynccontextmanager
+async def receive_form(
+    request: Request, staging: Path, form: Form, *, idle_s: float = IDLE_S
 ) -> AsyncIterator[Upload]:
     """Read the whole body. Raises RequestError or StorageError; the files are removed when the block is left."""
-    total = max_body_bytes(limits)
+    total = form.max_bytes
     boundary = _check_headers(request, total)
     try:
         directory = await asyncio.to_thread(new_staging_directory, staging)
@@ -78,7 +97,7 @@ async def receive_upload(
         raise storage_error("the upload cannot be stored", error) from error
     parts: _Parts | None = None
     try:
-        parts = _Parts(boundary, directory, limits)
+        parts = _Parts(boundary, directory, form)
         batch = bytearray()
         received = 0
         chunks = request.stream()
@@ -139,6 +158,7 @@ class _Part:
     disposition: bytes = b""
     header_name: bytearray = field(default_factory=bytearray)
     name: str = ""
+    filename: str = ""
     text: bytearray = field(default_factory=bytearray)
     file: BinaryIO | None = None
     size: int = 0
@@ -147,12 +167,13 @@ class _Part:
 class _Parts:
     """The parser's callbacks. One thread at a time."""
 
-    def __init__(self, boundary: bytes, directory: Path, limits: GateLimits) -> None:
+    def __init__(self, boundary: bytes, directory: Path, form: Form) -> None:
         self._directory = directory
-        self._limits = limits
+        self._form = form
         self._part = _Part()
         self._fields: dict[str, str] = {}
         self._digests: dict[str, str] = {}  # of the files, by part name
+        self._filenames: dict[str, str] = {}
         self._hash = hashlib.sha256()
         self._ended = False
         try:
@@ -184,7 +205,7 @@ class _Parts:
         if not self._ended:
             raise _malformed("it was cut short")
         digest = hashlib.sha256(repr((sorted(self._fields.items()), sorted(self._digests.items()))).encode())
-        return Upload(self._directory, self._fields, frozenset(self._digests), digest.hexdigest())
+        return Upload(self._directory, self._fields, self._filenames, digest.hexdigest())
 
     def close(self) -> None:
         if self._part.file is not None:
@@ -212,13 +233,14 @@ class _Parts:
     def _headers_finished(self) -> None:
         kind, options = parse_options_header(self._part.disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
-        if kind != b"form-data" or name not in FILES + FIELDS:
-            known = ", ".join(FILES + FIELDS)
+        if kind != b"form-data" or name not in (*self._form.files, *self._form.fields):
+            known = ", ".join((*self._form.files, *self._form.fields))
             raise RequestError(f"{name[:64]!a} is no part of an upload; these are: {known}", param=name[:64])
         if name in self._fields or name in self._digests:
             raise RequestError(f"{name}: is there twice", param=name)
         self._part.name = name
-        if name in FILES:
+        if name in self._form.files:
+            self._part.filename = options.get(b"filename", b"").decode("utf-8", "replace")
             self._hash = hashlib.sha256()
             try:
                 self._part.file = open(self._directory / name, "xb", buffering=0)  # noqa: SIM115 (in _end, close)
@@ -228,7 +250,7 @@ class _Parts:
     def _data(self, data: bytes, start: int, end: int) -> None:
         part = self._part
         part.size += end - start
-        limit = self._limit(part.name)
+        limit = self._form.files.get(part.name, MAX_FIELD_BYTES)
         if part.size > limit:
             raise BodyTooLarge(f"{part.name}: is larger than the {limit} bytes allowed", param=part.name)
         rest = memoryview(data)[start:end]
@@ -247,6 +269,7 @@ class _Parts:
         if part.file is not None:
             part.file.close()
             self._digests[part.name] = self._hash.hexdigest()
+            self._filenames[part.name] = part.filename
             return
         try:
             self._fields[part.name] = part.text.decode("utf-8")
@@ -255,11 +278,6 @@ class _Parts:
 
     def _all_ended(self) -> None:
         self._ended = True
-
-    def _limit(self, name: str) -> int:
-        if name == ARCHIVE:
-            return self._limits.max_file_bytes + self._limits.max_config_bytes + MAX_README_BYTES
-        return self._limits.max_bytes(name) if name in FILES else MAX_FIELD_BYTES
 
 
 def _malformed(reason: str) -> RequestError:

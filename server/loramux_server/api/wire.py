@@ -174,6 +174,11 @@ class ModelList(msgspec.Struct, tag_field="object", tag="list"):
     data: list[ModelCard]
 
 
+class ModelDeleted(msgspec.Struct, tag_field="object", tag="model"):
+    id: str
+    deleted: bool = True
+
+
 class Health(msgspec.Struct):
     status: Literal["ready"] = "ready"
 

@@ -25,6 +25,7 @@ from loramux_adapters.grouping import derive_kernels, shared_inputs
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.training.context import context_length
 from loramux_server.base.device import pick_device, pick_dtype
 from loramux_server.base.location import check_location
 
@@ -90,7 +91,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
         device=device,
         dtype=dtype,
         quantization="nf4" if any(isinstance(m, NF4Linear) for m in model.modules()) else "none",
-        max_position=_max_position(text_config),
+        max_position=context_length(text_config),
         eos_token_ids=_end_tokens(model),
         weight_bytes=_resident_bytes(model),
         input_groups=groups,
@@ -251,24 +252,6 @@ def _canonical_linears(model: PreTrainedModel) -> list[tuple[str, NF4Weight | to
         elif isinstance(module, nn.Linear) and module is not head:
             found.append((name, module.weight))
     return found
-
-
-def _max_position(config: Any) -> int:
-    """The longest context the rotary embedding computes the same whatever else is in the batch.
-
-    "dynamic" and "longrope" rescale every position by the longest sequence of a forward pass; in a batch of strangers
-    only the length below which they do nothing is safe.
-    """
-    longest: int = getattr(config, "max_position_embeddings", 2048)
-    rope = getattr(config, "rope_parameters", None) or {}
-    per_kind = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    for parameters in per_kind:
-        if parameters.get("rope_type") in {"dynamic", "longrope"}:
-            original: int | None = parameters.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            longest = min(longest, original or longest)
-    return longest
 
 
 def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:

@@ -10,23 +10,18 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from uuid import uuid4
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from loramux_adapters.errors import BaseModelError, EngineError, Overloaded
 from loramux_adapters.probe import Probe
 from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.interface import EngineState
+from loramux_server.engine.link import WorkerLink
 from loramux_server.engine.messages import (
-    COMMAND_ENCODER,
-    EVENT_DECODER,
     AbortRequest,
     AdapterRef,
     AddRequest,
@@ -38,18 +33,22 @@ from loramux_server.engine.messages import (
     Ready,
     SamplingParams,
     Shutdown,
+    StartTraining,
     StepOutput,
+    StopTraining,
     TokenOutput,
+    TrainingEnded,
+    TrainingEvent,
     Verified,
     VerifyAdapter,
 )
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.pending import Pending
 
 logger = logging.getLogger(__name__)
 
 _RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
 _STOP_WAIT_S = 10.0
-_LAST_WORDS_S = 0.3  # a worker's last message may be read after its end is noticed
 
 
 class WorkerClient:
@@ -57,9 +56,8 @@ class WorkerClient:
 
     def __init__(self, options: WorkerOptions, *, max_queued: int = 1024) -> None:
         """`options.address` and `options.parent_pid` are filled in here."""
-        self._directory = tempfile.mkdtemp(prefix="loramux-")  # mode 0700: nobody else reaches the socket
-        address = f"ipc://{self._directory}/worker"
-        self._options = msgspec.structs.replace(options, address=address, parent_pid=os.getpid())
+        self._link = WorkerLink()
+        self._options = msgspec.structs.replace(options, address=self._link.address, parent_pid=os.getpid())
         self._max_queued = max_queued
         self._state: EngineState = "starting"
         self._ready: Ready | None = None
@@ -67,11 +65,9 @@ class WorkerClient:
         self._draining = False
         self._failure = ""
         self._restarts = 0
-        self._streams: dict[str, asyncio.Queue[TokenOutput]] = {}
-        self._verifications: dict[str, asyncio.Future[Verified]] = {}
+        self._pending = Pending()
         self._pinned: list[AdapterRef] = []
         self._listeners: list[Callable[[StepOutput], None]] = []
-        self._socket: zmq.asyncio.Socket | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -93,7 +89,7 @@ class WorkerClient:
 
     @property
     def in_flight(self) -> int:
-        return len(self._streams)
+        return len(self._pending.streams)
 
     @property
     def restarts(self) -> int:
@@ -108,55 +104,75 @@ class WorkerClient:
 
     async def pin(self, adapters: Sequence[AdapterRef]) -> None:
         self._pinned = list(adapters)
-        if self._state in ("ready", "draining"):
-            with contextlib.suppress(EngineError):  # the next worker is told when it is ready
-                await self._send(PinAdapters(self._pinned))
+        await self._tell(PinAdapters(self._pinned))  # the next worker is told when it is ready
 
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
     ) -> AsyncGenerator[TokenOutput, None]:
         if self._state != "ready":
             raise EngineError(f"the engine is {self._state}; try again shortly")
-        if len(self._streams) >= self._max_queued:
+        if self.in_flight >= self._max_queued:
             raise Overloaded(f"{self._max_queued} requests are being served already; try again shortly")
         outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._streams[request_id] = outputs
+        self._pending.streams[request_id] = outputs
         finished = False
         try:
-            await self._send(AddRequest(request_id, prompt, params, adapter))
+            await self._link.send(AddRequest(request_id, prompt, params, adapter))
             while not finished:
                 output = await outputs.get()
                 finished = output.finish is not None
                 yield output
         finally:
-            self._streams.pop(request_id, None)
-            if not finished and self._state in ("ready", "draining"):
-                with contextlib.suppress(EngineError):
-                    await self._send(AbortRequest(request_id))
+            self._pending.streams.pop(request_id, None)
+            if not finished:
+                await self._tell(AbortRequest(request_id))
 
     async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
         if self._state not in ("ready", "draining"):
             raise EngineError(f"the engine is {self._state}; try again shortly")
-        answer = self._verifications[verification_id := uuid4().hex] = asyncio.Future[Verified]()
+        verification_id = uuid4().hex
+        answer = self._pending.verifications[verification_id] = asyncio.Future[Verified]()
         try:
-            await self._send(VerifyAdapter(verification_id, adapter, probe))
+            await self._link.send(VerifyAdapter(verification_id, adapter, probe))
             verified = await answer
         finally:
-            del self._verifications[verification_id]
-            if answer.cancelled() and self._state in ("ready", "draining"):
-                with contextlib.suppress(EngineError):
-                    await self._send(AbortRequest(verification_id))
+            del self._pending.verifications[verification_id]
+            if answer.cancelled():
+                await self._tell(AbortRequest(verification_id))
         if verified.report is None:
             raise EngineError(f"the adapter could not be verified: {verified.error}")
         return verified.report
+
+    async def train(self, command: StartTraining) -> AsyncGenerator[TrainingEvent, None]:
+        if self._state != "ready":
+            raise EngineError(f"the engine is {self._state}; try again shortly")
+        if self._pending.training:
+            raise EngineError("another job is under training")
+        events = asyncio.Queue[TrainingEvent | EngineError]()
+        self._pending.training[command.id] = events
+        ended = False
+        try:
+            await self._link.send(command)
+            while not ended:
+                event = await events.get()
+                if isinstance(event, EngineError):
+                    ended = True
+                    raise event
+                ended = isinstance(event, TrainingEnded)
+                yield event
+        finally:
+            del self._pending.training[command.id]
+            if not ended:
+                await self._tell(StopTraining(command.id, save=False))
+
+    async def stop_training(self, job_id: str, *, save: bool) -> None:
+        await self._tell(StopTraining(job_id, save))
 
     # --- life and death ----------------------------------------------------------------------------------------------
 
     async def start(self) -> Ready:
         """Start the worker and wait until the base is resident. Raises BaseModelError if it cannot be."""
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        self._socket.set_hwm(0)  # `max_queued` is the bound; a send fails only if no worker is there
-        self._socket.bind(self._options.address)
+        self._link.open()
         ready = await self._launch()
         self._supervisor = asyncio.create_task(self._supervise())
         return ready
@@ -169,9 +185,9 @@ class WorkerClient:
     async def wait_idle(self, timeout: float) -> bool:
         """True once no request is in flight."""
         deadline = asyncio.get_running_loop().time() + timeout
-        while self._streams and asyncio.get_running_loop().time() < deadline:
+        while self._pending.streams and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        return not self._streams
+        return not self._pending.streams
 
     async def close(self) -> None:
         """Stop the worker, at once if it is still loading; requests in flight end with an error output."""
@@ -181,23 +197,21 @@ class WorkerClient:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._fail_all("the server is shutting down")
+        self._pending.fail("the server is shutting down")
         process = self._process
         if process is not None and process.returncode is None:
             if serving:
                 with contextlib.suppress(EngineError, TimeoutError):
-                    await self._send(Shutdown())
+                    await self._link.send(Shutdown())
                     await asyncio.wait_for(process.wait(), _STOP_WAIT_S)
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        if self._socket is not None:
-            self._socket.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._link.close()
 
     async def _launch(self) -> Ready:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loramux_server.engine.worker", stdin=asyncio.subprocess.PIPE
+            sys.executable, "-m", "loramux_server.engine", stdin=asyncio.subprocess.PIPE
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._options))
@@ -205,7 +219,7 @@ class WorkerClient:
         exited = asyncio.create_task(self._process.wait())
         try:
             while True:
-                event = await self._next_event(exited)
+                event = await self._link.next_event(exited)
                 if event is None:
                     raise BaseModelError(f"the worker ended while loading, with exit code {exited.result()}")
                 if isinstance(event, Fatal):
@@ -215,7 +229,7 @@ class WorkerClient:
                     self._stats = None
                     self._state = "draining" if self._draining else "ready"
                     if self._pinned:
-                        await self._send(PinAdapters(self._pinned))
+                        await self._link.send(PinAdapters(self._pinned))
                     return event
         finally:
             exited.cancel()
@@ -229,7 +243,7 @@ class WorkerClient:
             self._state = "restarting"
             reason = self._failure or "the worker ended unexpectedly"
             logger.error("%s; starting it again", reason)
-            self._fail_all(f"the engine failed ({reason}) and is restarting")
+            self._pending.fail(f"the engine failed ({reason}) and is restarting")
             await self._relaunch()
 
     async def _relaunch(self) -> None:
@@ -246,55 +260,24 @@ class WorkerClient:
     async def _serve(self) -> None:
         assert self._process is not None
         exited = asyncio.create_task(self._process.wait())
-        while (event := await self._next_event(exited)) is not None:
-            if isinstance(event, StepOutput):
-                self._dispatch(event)
-            elif isinstance(event, Verified):
-                self._answer(event)
-            elif isinstance(event, Fatal):
-                self._failure = event.message
+        while (event := await self._link.next_event(exited)) is not None:
+            self._dispatch(event)
 
-    def _dispatch(self, step: StepOutput) -> None:
-        self._stats = step.stats
-        for output in step.outputs:
-            stream = self._streams.get(output.id)
-            if stream is not None:
-                stream.put_nowait(output)
-        for listener in self._listeners:
-            listener(step)
+    def _dispatch(self, event: Event) -> None:
+        if isinstance(event, StepOutput):
+            self._stats = event.stats
+            self._pending.tokens(event)
+            for listener in self._listeners:
+                listener(event)
+        elif isinstance(event, Verified):
+            self._pending.verified(event)
+        elif isinstance(event, TrainingEvent):
+            self._pending.trained(event)
+        elif isinstance(event, Fatal):
+            self._failure = event.message
 
-    def _fail_all(self, message: str) -> None:
-        for request_id, stream in self._streams.items():
-            output = TokenOutput(request_id, [], "error", error=message, error_code=EngineError.code)
-            stream.put_nowait(output)
-        for verification_id in self._verifications:
-            self._answer(Verified(verification_id, error=message))
-
-    def _answer(self, verified: Verified) -> None:
-        waiting = self._verifications.get(verified.id)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(verified)
-
-    async def _next_event(self, exited: asyncio.Task[int]) -> Event | None:
-        """The worker's next message; None when it has ended and all it said has been read."""
-        received = asyncio.create_task(self._receive())
-        try:
-            await asyncio.wait({exited, received}, return_when=asyncio.FIRST_COMPLETED)
-            if not received.done():
-                await asyncio.wait({received}, timeout=_LAST_WORDS_S)
-            return received.result() if received.done() else None
-        finally:
-            received.cancel()
-
-    async def _receive(self) -> Event:
-        assert self._socket is not None
-        event: Event = EVENT_DECODER.decode(await self._socket.recv())
-        return event
-
-    async def _send(self, command: Command) -> None:
-        """Raises EngineError if there is no worker at the other end (its end is noticed in a moment)."""
-        assert self._socket is not None
-        try:
-            await self._socket.send(COMMAND_ENCODER.encode(command), flags=zmq.NOBLOCK)
-        except zmq.Again as error:
-            raise EngineError("the engine is restarting; try again shortly") from error
+    async def _tell(self, command: Command) -> None:
+        """Send what means nothing to a worker that is gone."""
+        if self._state in ("ready", "draining"):
+            with contextlib.suppress(EngineError):
+                await self._link.send(command)

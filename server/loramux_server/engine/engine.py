@@ -7,6 +7,7 @@ process drives it in a loop.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class EngineOptions:
     max_loras: int = 8
     max_cpu_loras: int = 64
     lora_rows: int = 512
+    enable_prefix_caching: bool = True
 
 
 class Engine:
@@ -67,7 +69,9 @@ class Engine:
             max_cpu_loras=options.max_cpu_loras,
             dtype=base.dtype,
         )
-        self.blocks = BlockManager(options.num_blocks, options.block_size)
+        self.blocks = BlockManager(
+            options.num_blocks, options.block_size, prefix_caching=options.enable_prefix_caching
+        )
         self.scheduler = Scheduler(options.limits, self.blocks, self.bank)
         self.runner = ModelRunner(
             base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size
@@ -95,7 +99,9 @@ class Engine:
             )
         if request.id in self.sequences:
             raise RequestError(f"request id '{request.id}' is in use", param="id")
-        sequence = Sequence(request.id, request.prompt, request.params, request.adapter)
+        sequence = Sequence(
+            request.id, request.prompt, request.params, request.adapter, arrived=time.perf_counter()
+        )
         grammar = request.params.grammar
         if grammar is not None and self.grammars is None:
             raise RequestError("this engine has no tokenizer to constrain answers with", param="grammar")
@@ -120,6 +126,7 @@ class Engine:
         outputs = self._queue_compiled()
         plan = self.scheduler.schedule()
         outputs += [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
+        self._note_first_steps(plan)
         if plan.scheduled:
             logits = self.runner.run(plan.scheduled)
             outputs += self._postprocess(plan.scheduled, logits)
@@ -129,6 +136,13 @@ class Engine:
         ]
         evictions = [AdapterEviction(e.generation, e.tier, e.reason) for e in self.bank.tier.take_evictions()]
         return StepOutput(outputs=outputs, stats=self.stats(plan), loads=loads, evictions=evictions)
+
+    @staticmethod
+    def _note_first_steps(plan: Plan) -> None:
+        now = time.perf_counter()
+        for item in plan.scheduled:
+            if item.sequence.queue_seconds is None:
+                item.sequence.queue_seconds = now - item.sequence.arrived
 
     def check_integrity(self) -> None:
         """Nothing leaked: blocks, rank rows, adapter references. Raises AssertionError."""
@@ -170,7 +184,9 @@ class Engine:
     def _postprocess(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[TokenOutput]:
         sampling = [item.sequence for item in scheduled if item.samples]
         for item in scheduled:
+            start = item.sequence.num_computed
             item.sequence.num_computed += item.count
+            self.blocks.publish(item.sequence, start)
         if not sampling:
             return []
         sampled = sample(logits, sampling, self.base.eos_token_ids)
@@ -191,10 +207,12 @@ class Engine:
             self.scheduler.finish(sequence)
             del self.sequences[sequence.id]
         logprobs = None if result.logprobs is None else [result.logprobs]
-        scores = sequence.prompt_scores if len(sequence.output) == 1 else []
-        return TokenOutput(
-            sequence.id, [result.token], finish=finish, logprobs=logprobs, prompt_logprobs=scores or None
-        )
+        output = TokenOutput(sequence.id, [result.token], finish=finish, logprobs=logprobs)
+        if len(sequence.output) == 1:
+            output.prompt_logprobs = sequence.prompt_scores or None
+            output.cached_tokens = sequence.num_cached or 0
+            output.queue_seconds = sequence.queue_seconds
+        return output
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.params
@@ -218,6 +236,9 @@ class Engine:
             waiting=len(self.scheduler.waiting) + len(self._compiling),
             kv_blocks_used=self.blocks.num_used,
             kv_blocks_total=self.blocks.num_blocks,
+            kv_blocks_cached=self.blocks.num_cached,
+            prefix_cache_queries=self.blocks.queries,
+            prefix_cache_hits=self.blocks.hits,
             batch_tokens=sum(item.count for item in scheduled),
             batch_adapters=len(generations),
             preemptions=self.scheduler.preemptions,

@@ -17,8 +17,10 @@ from loramux_server.engine.messages import (
     EngineStats,
     Ready,
     SamplingParams,
+    StartTraining,
     StepOutput,
     TokenOutput,
+    TrainingEvent,
 )
 
 EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
@@ -59,6 +61,18 @@ class EngineClient(Protocol):
 
         Raises EngineError when there is no worker, when it dies meanwhile, or when it cannot find out.
         """
+        ...
+
+    def train(self, command: StartTraining) -> AsyncGenerator[TrainingEvent, None]:
+        """A job's events as they come; the last is TrainingEnded. One job at a time.
+
+        Closing the generator early stops the job. Raises EngineError when there is no worker, or when it dies: the same
+        command then goes on from the last checkpoint.
+        """
+        ...
+
+    async def stop_training(self, job_id: str, *, save: bool) -> None:
+        """Ask the job to end, with a checkpoint if `save`; its TrainingEnded follows. Unknown ids are ignored."""
         ...
 
     def add_listener(self, listener: Callable[[StepOutput], None]) -> None:

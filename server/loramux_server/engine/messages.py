@@ -12,6 +12,10 @@ import msgspec
 
 from loramux_adapters.probe import Probe
 from loramux_adapters.verify_report import VerifyReport
+from loramux_server.engine.stats import AdapterEviction as AdapterEviction
+from loramux_server.engine.stats import AdapterLoad as AdapterLoad
+from loramux_server.engine.stats import DeviceSlot as DeviceSlot
+from loramux_server.engine.stats import EngineStats as EngineStats
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -39,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: none; k: the sampled token's and the top k
     prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
     grammar: str | None = None  # llguidance's own form, checked by the front: what the answer has to match
+    cache_salt: str | None = None  # requests with different ones share nothing in the prefix cache
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -88,7 +93,7 @@ class StartTraining(msgspec.Struct, tag="train"):
 
 
 class StopTraining(msgspec.Struct, tag="stop_training"):
-    """End a job: after its step and with a checkpoint if `save`, else at the next layer and without."""
+    """End a job at the next slice: with a checkpoint of its last whole step if `save`, else without."""
 
     id: str
     save: bool
@@ -124,55 +129,8 @@ class TokenOutput(msgspec.Struct, omit_defaults=True):
     )
     error: str | None = None  # with finish == "error": one sentence
     error_code: str | None = None
-    cached_tokens: int = 0
-
-
-class AdapterLoad(msgspec.Struct):
-    """One adapter moved into host memory or a device slot (or failed to)."""
-
-    generation: str
-    tier: Literal["host", "device"]
-    seconds: float
-    ok: bool
-    error: str = ""  # if not ok: one sentence
-
-
-class AdapterEviction(msgspec.Struct):
-    """One adapter left a tier to make room."""
-
-    generation: str
-    tier: Literal["host", "device"]
-    reason: Literal["capacity", "fairness"]
-
-
-class DeviceSlot(msgspec.Struct, array_like=True):
-    """One adapter's place among the rank rows of the device."""
-
-    generation: str
-    offset: int
-    rows: int
-    references: int  # requests running on it
-    pinned: bool
-    filling: bool  # being copied, not usable yet
-
-
-class EngineStats(msgspec.Struct):
-    """State of the engine after a step; gauges of /metrics."""
-
-    step: int
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    batch_tokens: int
-    batch_adapters: int
-    preemptions: int
-    device_adapters: list[str]
-    host_adapters: list[str]  # least recently used first
-    loading_adapters: list[str] = []
-    device_slots: list[DeviceSlot] = []  # least recently used first
-    host_bytes: int = 0
-    device_bytes: int = 0  # of the rank rows in use
+    cached_tokens: int = 0  # with the first token: of the prompt, those that the prefix cache had
+    queue_seconds: float | None = None  # with the first token: from `add` to the first step it ran in
 
 
 class StepOutput(msgspec.Struct, tag="step"):
@@ -279,6 +237,7 @@ class Ready(msgspec.Struct, tag="ready"):
     max_loras: int
     max_cpu_loras: int
     lora_rows: int  # rank rows of the device, shared by the adapters on it
+    kv_cache_bytes: int = 0  # of all blocks
 
 
 class Fatal(msgspec.Struct, tag="fatal"):

@@ -24,9 +24,13 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
+    enable_prefix_caching: bool = True
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_loras: int = 8
     max_lora_rank: int = 64
     max_cpu_loras: int = 64
+    chat_template: str | None = None  # file; of training rows, which are rendered here
+    training_latency_budget: float = 0.01  # seconds
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"

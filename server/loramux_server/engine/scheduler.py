@@ -2,7 +2,8 @@
 
 Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
 token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). A sequence whose adapter is not
-resident waits alone. When the KV cache runs out, the youngest running sequence gives its blocks back and is recomputed.
+resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the KV cache runs
+out, the youngest running sequence gives its blocks back and is recomputed.
 """
 
 from __future__ import annotations
@@ -121,9 +122,8 @@ class Scheduler:
             if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return Verdict.FULL
             # The whole prompt's blocks at once: half-admitted prompts would only preempt each other.
-            if not self.blocks.can_grow(sequence, sequence.num_tokens):
+            if not self.blocks.admit(sequence):
                 return Verdict.FULL
-            self.blocks.grow(sequence, sequence.num_tokens)
             if sequence.adapter is not None:
                 self.adapters.acquire(sequence.adapter.generation)
                 sequence.holds_adapter = True

@@ -38,7 +38,7 @@ class Sequence:
     """Token ids of a request and how far the cache has come with them.
 
     `num_computed` tokens have their keys and values in `blocks`. A preempted sequence goes back to 0 and is
-    recomputed, prompt and output alike, from the tokens it holds.
+    recomputed, prompt and output alike, from the tokens it holds; what the prefix cache still has is taken from there.
     """
 
     id: str
@@ -53,6 +53,10 @@ class Sequence:
     holds_adapter: bool = False
     constraint: Matching | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt[1:], as far as computed
+    digests: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as asked for
+    num_cached: int | None = None  # tokens the prefix cache had when it first ran
+    arrived: float = 0.0  # by the engine's clock
+    queue_seconds: float | None = None  # until it first ran
 
     @property
     def generation(self) -> str | None:
@@ -66,6 +70,14 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens known but not yet in the cache. 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens that may come from the prefix cache: not the last, nor any whose logits are still to be scored."""
+        scored = len(self.prompt_scores)
+        if self.params.prompt_logprobs is not None and scored < len(self.prompt) - 1:
+            return scored
+        return self.num_tokens - 1
 
     def unscored(self, count: int) -> range:
         """Positions in the next `count` whose logits say how likely the prompt's next token was, still to be scored."""

@@ -52,7 +52,7 @@ class Verifications:
         return self._current is not None or bool(self._waiting)
 
     @property
-    def is_reading(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether the next slice waits for files."""
         return self._reading is not None and not self._reading.done()
 
@@ -74,7 +74,7 @@ class Verifications:
             self._reading = self._reader.submit(self._read, self._current.adapter)
             self._credit, self._looked = 0.0, self._clock()
         earned = _SHARE * self._passed()
-        if self.is_reading:
+        if self.is_waiting:
             return None
         # What was taken too much is paid back; what was not taken is not saved up for a long pause of everybody else.
         self._credit = min(self._credit, 0.0) + earned

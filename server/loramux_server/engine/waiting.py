@@ -71,13 +71,12 @@ class WaitingQueue:
         else:
             self._deficit[key] += self._quantum
         while queue and queue[0].num_pending <= self._deficit[key]:
-            cost = queue[0].num_pending
             verdict = admit(queue[0])
             if verdict in (Verdict.NOT_YET, Verdict.FULL):
                 self._interrupted.add(key)
                 return verdict
-            queue.popleft()
-            self._deficit[key] -= cost
+            # What is left to compute: tokens that the prefix cache had cost the others nothing.
+            self._deficit[key] -= queue.popleft().num_pending
         self._queues.move_to_end(key)
         self._forget_if_empty(key)
         return None

@@ -1,6 +1,6 @@
 """The worker process: one thread owns the device and steps the engine; one message per step goes to the front.
 
-Started by `client.py` as `python -m loramux_server.engine.worker`, with a `WorkerOptions` as JSON on standard input. Ends
+Started by `client.py` as `python -m loramux_server.engine`, with a `WorkerOptions` as JSON on standard input. Ends
 when told to, when its parent is gone, or, with a `Fatal` message first, when the device cannot go on. Signals of the
 terminal are the front's business: it drains before it stops the worker.
 """
@@ -22,7 +22,9 @@ import zmq
 
 from loramux_adapters.errors import LoramuxError, RequestError
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
+from loramux_server.engine.budget import LatencyBudget
 from loramux_server.engine.constraints import Grammars, read_tokenizer
+from loramux_server.engine.device_memory import DeviceMemory
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.messages import (
     COMMAND_DECODER,
@@ -34,15 +36,20 @@ from loramux_server.engine.messages import (
     PinAdapters,
     Ready,
     Shutdown,
+    StartTraining,
     StepOutput,
+    StopTraining,
     TokenOutput,
     VerifyAdapter,
 )
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.reading import TokenizerSource
 from loramux_server.engine.runner import kv_bytes_per_token
 from loramux_server.engine.scheduler import SchedulerLimits
 from loramux_server.engine.sizing import plan_sizes
+from loramux_server.engine.training import Training
 from loramux_server.engine.verification import Verifications
+from loramux_server.logs import adopt_libraries, set_up_logging
 
 logger = logging.getLogger("loramux.worker")
 
@@ -51,23 +58,23 @@ _LOADING_POLL_MS = 2  # everything runnable waits for files that are being read
 
 
 class Worker:
-    """The loop between the socket and the engine: receive -> step -> send, and a slice of a verification."""
+    """The loop between the socket and the engine: receive -> step -> send -> slices of what runs beside."""
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, engine: Engine, training: Training, socket: zmq.Socket[bytes]) -> None:
         self.engine = engine
+        self.training = training
         self.socket = socket
         self.verifications = Verifications(engine.base)
+        self.memory = DeviceMemory(engine.base.device)
         self._refused: list[TokenOutput] = []
 
     def run(self) -> None:
         """Until Shutdown."""
         timeout = 0
-        with closing(self.verifications):
+        with closing(self.verifications), closing(self.training):
             while self._receive(timeout):
                 decoding = self._step()
-                verified = self.verifications.advance(decoding=decoding)
-                if verified is not None:
-                    self._send(verified)
+                self._slice(decoding)
                 timeout = self._patience_ms(decoding)
 
     def _step(self) -> bool:
@@ -75,17 +82,31 @@ class Worker:
         if not self.engine.has_work:
             self._send_refused()
             return False
+        began = time.perf_counter()
         output = self.engine.step()
+        output.stats.step_seconds = time.perf_counter() - began
+        output.stats.device_memory_held, output.stats.device_memory_free = self.memory.read()
         output.outputs[:0] = self._refused
         self._refused = []
         self._send(output)
         return output.stats.batch_tokens > 0
 
+    def _slice(self, decoding: bool) -> None:
+        """A verification goes first: somebody waits for it, and it is short."""
+        verified = self.verifications.advance(decoding=decoding)
+        if verified is not None:
+            self._send(verified)
+        if not self.verifications.has_work or self.verifications.is_waiting:
+            for event in self.training.advance(decoding=decoding):
+                self._send(event)
+
     def _patience_ms(self, decoding: bool) -> int:
         """How long the loop may wait for a command before it goes on by itself."""
-        if decoding or (self.verifications.has_work and not self.verifications.is_reading):
+        beside = (self.verifications, self.training)
+        if decoding or any(one.has_work and not one.is_waiting for one in beside):
             return 0
-        return _LOADING_POLL_MS if self.engine.has_work or self.verifications.has_work else _IDLE_POLL_MS
+        waiting = self.engine.has_work or any(one.has_work for one in beside)
+        return _LOADING_POLL_MS if waiting else _IDLE_POLL_MS
 
     def _receive(self, timeout_ms: int) -> bool:
         """Apply every command that has come; wait up to `timeout_ms` for the first. False on Shutdown."""
@@ -107,6 +128,10 @@ class Worker:
                     self.engine.bank.pin({one.generation: one.path for one in command.adapters})
                 case VerifyAdapter():
                     self.verifications.add(command)
+                case StartTraining():
+                    self.training.start(command)
+                case StopTraining():
+                    self.training.stop(command)
                 case Shutdown():
                     return False
             timeout_ms = 0
@@ -135,6 +160,7 @@ def describe(base: ResidentBase, options: EngineOptions) -> Ready:
         linear_shapes=dict(base.geometry.linear_shapes),
         weight_bytes=base.weight_bytes,
         kv_blocks_total=options.num_blocks,
+        kv_cache_bytes=options.num_blocks * options.block_size * kv_bytes_per_token(base),
         kv_block_size=options.block_size,
         max_loras=options.max_loras,
         max_cpu_loras=options.max_cpu_loras,
@@ -172,6 +198,11 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
     return Engine(base, engine_options, grammars), describe(base, engine_options)
 
 
+def build_training(options: WorkerOptions, engine: Engine) -> Training:
+    tokenizer = TokenizerSource(options.model, options.revision, options.chat_template)
+    return Training(engine.base, tokenizer, LatencyBudget(options.training_latency_budget))
+
+
 def _exit_with_parent(parent: int) -> None:
     """A worker whose front was killed must not keep the device."""
 
@@ -191,9 +222,8 @@ def main() -> int:
         signal.SIGTERM,
     ):  # sent to the whole group; the front drains first, then says Shutdown
         signal.signal(name, signal.SIG_IGN)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    set_up_logging(options.log_level, options.log_format, "worker")
+    adopt_libraries()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
     socket.connect(options.address)
@@ -201,7 +231,7 @@ def main() -> int:
     try:
         engine, ready = build_engine(options)
         socket.send(EVENT_ENCODER.encode(ready))
-        Worker(engine, socket).run()
+        Worker(engine, build_training(options, engine), socket).run()
     except LoramuxError as error:
         socket.send(EVENT_ENCODER.encode(Fatal(error.message)))
         return 1
@@ -216,7 +246,3 @@ def main() -> int:
             engine.close()
         socket.close(linger=2000)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

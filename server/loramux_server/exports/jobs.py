@@ -28,7 +28,7 @@ import msgspec
 
 from loramux_adapters.adapter_files import ADAPTER_FILES
 from loramux_adapters.errors import StorageError
-from loramux_adapters.files import fsync_directory, replace_file, storage_error
+from loramux_adapters.files import fsync_directory, link_or_copy, replace_file, storage_error
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +125,7 @@ class JobFolder:
         try:
             directory.mkdir(parents=True)
             for name in ADAPTER_FILES:
-                try:
-                    os.link(generation / name, directory / name)
-                except PermissionError:  # a file system without hard links
-                    shutil.copyfile(generation / name, directory / name)
+                link_or_copy(generation / name, directory / name)
         except OSError as error:
             raise storage_error("the adapter cannot be kept for the export", error) from error
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,10 @@ class ExportManager:
         self._wake.set()
         logger.info("export %s of %s is queued", export.job.id, name)
         return export
+
+    def counts(self) -> Counter[str]:
+        """Exports by status."""
+        return Counter(export.job.status for export in list(self._exports.values()))
 
     def of(self, name: str) -> Sequence[Export]:
         """Of an adapter, newest first; also of one that is deleted."""

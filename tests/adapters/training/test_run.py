@@ -308,4 +308,4 @@ def test_what_cannot_be_written_is_said(base: ResidentBase, data: Path, tmp_path
     with pytest.raises(StorageError, match="a checkpoint cannot be written: Not a directory"):
         finish(run)
     with pytest.raises(StorageError, match="the adapter cannot be written"):
-        run._finish()
+        run._finish(run.adapter.weights())

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -37,6 +36,7 @@ from loramux_server.api.body import parse_object, read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.download import AdapterDownload
 from loramux_server.api.idempotency import Idempotency, key_of
+from loramux_server.api.methods import refuse_others
 from loramux_server.api.openapi import describe, describe_answer
 from loramux_server.api.uploads import ARCHIVE, FIELDS, FILES, Upload, is_multipart, receive_upload
 from loramux_server.catalog import AdapterCatalog
@@ -76,20 +76,9 @@ def adapters_router(api: ApiContext, catalog: AdapterCatalog) -> APIRouter:
     ):
         status = 201 if endpoint == routes.create else 200
         router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, status_code=status)
-    _refuse_others(router, "/v1/adapters", {"GET", "POST"})
-    _refuse_others(router, one, {"GET", "PATCH", "DELETE"})
+    refuse_others(router, "/v1/adapters", {"GET", "POST"})
+    refuse_others(router, one, {"GET", "PATCH", "DELETE"})
     return router
-
-
-def _refuse_others(router: APIRouter, path: str, methods: set[str]) -> None:
-    """405 with all methods of the path: the router by itself names those of its first route only."""
-    allow = {"Allow": ", ".join(sorted(methods))}
-
-    async def refuse() -> Response:
-        raise HTTPException(405, headers=allow)
-
-    others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - methods)
-    router.add_api_route(path, refuse, methods=others, include_in_schema=False)
 
 
 class AdapterRoutes:
@@ -217,7 +206,7 @@ def _typed(fields: Mapping[str, str]) -> dict[str, object]:
 
 def _stage_upload(upload: Upload, staging: Path, limits: GateLimits) -> Staged:
     """Raises InvalidAdapter naming each file that is missing or too many."""
-    if upload.files == {ARCHIVE}:
+    if set(upload.files) == {ARCHIVE}:
         return stage_archive(upload.directory / ARCHIVE, staging, limits=limits)
     if ARCHIVE in upload.files:
         raise InvalidAdapter(

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loramux_adapters.errors import RequestError
-from loramux_server.api.answer import Choice, count_sequences, ignored_fields_header, respond
+from loramux_server.api.answer import Choice, chunk_events, count_sequences, ignored_fields_header, respond
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.detokenize import Detokenizer, Pieces
@@ -50,7 +50,9 @@ def completions_router(api: ApiContext) -> APIRouter:
             target = held.enter_context(api.models.lease(body.model))
             prompts = await _prompts(api, body, base.vocab_size)
             count_sequences(len(prompts), sequences, api.settings.max_sequences_per_request)
-            budget = Budget(body.max_tokens, api.settings.default_max_tokens, "prompt")
+            scores_only = body.max_tokens == 0
+            asked = 1 if scores_only else body.max_tokens  # the engine scores a prompt on the way to a token
+            budget = Budget(asked, api.settings.default_max_tokens, "prompt")
             max_tokens = fit(max(map(len, prompts)), budget, base.max_model_len)
             wanted = Wanted(_logprobs(body, sequences), _prompt_logprobs(body), grammar)
             params = sampling_params(body, wanted, max_tokens, base)
@@ -64,10 +66,11 @@ def completions_router(api: ApiContext) -> APIRouter:
                 best=body.n or 1,
                 # Whoever wants the prompt scored counts entries: there has to be one for each token.
                 scores_end=bool(body.echo),
+                scores_only=scores_only,
             )
             echoes = _echoes(body, prompts, api.texts.pieces)
             shape = CompletionShape(Identity.of(ask, base), ask, api.texts.pieces, echoes, body)
-            response = await respond(request, api, ask, shape, body, held)
+            response = await respond(request, api, ask, shape, chunk_events(shape, body), held)
         response.headers.update(ignored_fields_header(ignored_fields(body, UNSUPPORTED_COMPLETION)))
         return response
 
@@ -139,6 +142,11 @@ class CompletionShape:
 
 def _check(body: CompletionBody) -> int:
     """How many answers to generate for each prompt."""
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError(
+            "max_tokens: 0 only scores the prompt, which is given back with echo; set echo, or ask for 1 or more",
+            param="max_tokens",
+        )
     n = body.n or 1
     best_of = body.best_of or n
     if best_of < n:

@@ -13,7 +13,6 @@ import msgspec
 from fastapi import APIRouter, Query
 from pydantic import BaseModel
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,6 +35,7 @@ from loramux_server.api.export_wire import (
     view,
 )
 from loramux_server.api.idempotency import Idempotency, key_of
+from loramux_server.api.methods import refuse_others
 from loramux_server.api.openapi import describe, describe_answer
 from loramux_server.api.stream import DONE, EventStream, encode_event
 from loramux_server.catalog import AdapterCatalog
@@ -85,19 +85,8 @@ def exports_router(api: ApiContext, catalog: AdapterCatalog, exports: ExportMana
         status = 201 if endpoint == routes.create else 200
         router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, status_code=status)
     for path in dict.fromkeys(path for _, path, *_ in table):
-        _refuse_others(router, path, {method for method, other, *_ in table if other == path})
+        refuse_others(router, path, {method for method, other, *_ in table if other == path})
     return router
-
-
-def _refuse_others(router: APIRouter, path: str, methods: set[str]) -> None:
-    """405 with all methods of the path: the router by itself names those of its first route only."""
-    allow = {"Allow": ", ".join(sorted(methods))}
-
-    async def refuse() -> Response:
-        raise HTTPException(405, headers=allow)
-
-    others = sorted({"GET", "POST", "PUT", "PATCH", "DELETE"} - methods)
-    router.add_api_route(path, refuse, methods=others, include_in_schema=False)
 
 
 class ExportRoutes:

@@ -1,0 +1,73 @@
+"""Responses that are kept for `previous_response_id` and GET: in memory, bounded, least recently used first out.
+
+Promises: never more than the given count and bytes; a response that is deleted or that made room is unknown at once, while
+those that go on from it stay whole, because each has its own copy of what came before. Nothing outlives the process.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from loramux_adapters.errors import RequestError
+from loramux_server.api.responses_wire import Item, ResponseObject
+
+
+class UnknownResponse(RequestError):
+    code = "response_not_found"
+
+
+@dataclass(frozen=True)
+class Stored:
+    body: bytes  # the response as it was answered
+    given: tuple[Item, ...]  # the whole conversation that the model was given, without instructions
+    output: tuple[Item, ...]
+    size: int
+
+    @property
+    def conversation(self) -> tuple[Item, ...]:
+        return self.given + self.output
+
+
+class ResponseStore:
+    def __init__(self, max_count: int, max_bytes: int) -> None:
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[str, Stored] = OrderedDict()
+        self._outputs: dict[str, str] = {}  # output item -> its response
+        self._bytes = 0
+
+    def put(self, response: ResponseObject, given: Sequence[Item]) -> None:
+        """Keep it, and let the least recently used ones go; one that is larger than all the room is not kept."""
+        body = msgspec.json.encode(response)
+        size = len(body) + len(msgspec.json.encode(given))
+        if size > self._max_bytes:
+            return
+        self._kept[response.id] = Stored(body, tuple(given), tuple(response.output), size)
+        self._bytes += size
+        self._outputs.update({item.id: response.id for item in response.output})
+        while len(self._kept) > self._max_count or self._bytes > self._max_bytes:
+            self.delete(next(iter(self._kept)))
+
+    def get(self, name: str) -> Stored:
+        """Raises UnknownResponse. Using one makes it the last to go."""
+        if name not in self._kept:
+            raise UnknownResponse(f"Response with id '{name[:64]}' not found.", param="response_id")
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+    def item(self, name: str) -> Item | None:
+        """An output item of a response that is kept."""
+        if (owner := self._outputs.get(name)) is None:
+            return None
+        return next(item for item in self.get(owner).output if item.id == name)
+
+    def delete(self, name: str) -> None:
+        gone = self.get(name)
+        del self._kept[name]
+        self._bytes -= gone.size
+        for item in gone.output:
+            del self._outputs[item.id]

@@ -1,0 +1,23 @@
+"""LangChain's standard tests for chat models, with ChatOpenAI pointed at us. A pytest module, run in its own environment."""
+
+import os
+
+from langchain_openai import ChatOpenAI
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+
+class TestLoramux(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[ChatOpenAI]:
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, object]:
+        return {
+            "model": "demo",
+            "base_url": os.environ["CONFORMANCE_URL"],
+            "api_key": "none",
+            "temperature": 0,
+            "max_tokens": 60,
+            "max_retries": 0,
+        }

@@ -1,0 +1,60 @@
+"""What needs nothing installed: broken bytes against the front, and that a run would notice what it looks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import api_fuzz, outcome
+from tests.conformance.fake_application import fake_application
+from tests.conformance.outcome import EXPECTED, Outcome, judge, read_junit
+from tests.conformance.suites import SUITES
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="a.B" name="good"/>
+<testcase classname="a.B" name="bad[x]"><failure message="it  is&#10;wrong">long</failure></testcase>
+<testcase classname="a.B" name="left"><skipped message="no"/></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[str]:
+    with fake_application() as url:
+        yield url
+
+
+def test_broken_bytes_are_never_our_fault(fake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_fuzz, "RAW_CASES", 300)
+    found = Outcome()
+    api_fuzz.send_raw(fake, found)
+    assert found.failures == {}
+    assert found.passed > 400
+    assert {"200", "400", "404", "415", "431"} <= found.figures["raw_statuses"].keys()
+
+
+def test_reports_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT)
+    read = read_junit(path)
+    assert read == Outcome(1, {"a.B::left": "no"}, {"a.B::bad(x)": "it is wrong"})
+
+
+def test_only_named_failures_are_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps({"s": {"a::bad*": "because", "a::gone": "was fixed"}}))
+    monkeypatch.setattr(outcome, "EXPECTED", path)
+    judged = judge("s", Outcome(3, failures={"a::bad(1)": "x", "a::worse": "y"}), {}, 1.0)
+    assert judged.explained == {"a::bad(1)": "because"}
+    assert judged.unexplained == {"a::worse": "y"}
+    assert judged.unused == ["a::gone"]
+    assert not judged.good
+    assert judge("other", Outcome(1), {}, 1.0).good
+    assert not judge("other", Outcome(), {}, 1.0).good, "a run without tests is no success"
+    assert json.loads(judged.save(tmp_path).read_text())["failed"] == {"a::worse": "y"}
+
+
+def test_expectations_belong_to_suites() -> None:
+    assert json.loads(EXPECTED.read_text()).keys() <= SUITES.keys()
