@@ -17,7 +17,11 @@ COPY server ./server
 RUN ./install.sh package /opt/loramux
 
 FROM python:${PYTHON}-slim
-# A C compiler is not needed: no kernel is compiled at run time.
+# bitsandbytes needs OpenMP from the system. Its version is Debian's to fix.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 loramux \
     && useradd --uid 10001 --gid 10001 --create-home loramux \
     && install -d -o loramux -g loramux /data /models

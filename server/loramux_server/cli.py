@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loramux_adapters import cli_export, cli_plan, cli_train, cli_verify
-from loramux_server.cli_adapters import adapters_app
-from loramux_server.cli_doctor import doctor
-from loramux_server.cli_jobs import jobs_app
+from loramux_server.lazy_commands import LazyCommands, later
+
+if TYPE_CHECKING:
+    from loramux_adapters import cli_verify
 
 app = typer.Typer(
     name="loramux",
+    cls=LazyCommands,
     help="Many LoRA adapters on one resident NF4 base model: serve, train, export.",
     no_args_is_help=True,
     add_completion=False,
@@ -60,6 +61,7 @@ def _base_to_verify(
     """The base as the server would hold it; without a tokenizer it is compared on fixed token ids."""
     from transformers import AutoTokenizer
 
+    from loramux_adapters.cli_verify import VerifyBase
     from loramux_server.base.demo import DEMO_MODEL_ID, ensure_demo_model
     from loramux_server.base.loading import LoadOptions, load_base
 
@@ -73,7 +75,7 @@ def _base_to_verify(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
-    return cli_verify.VerifyBase(base.model, base.geometry, tokenizer)
+    return VerifyBase(base.model, base.geometry, tokenizer)
 
 
 def _demo_model() -> tuple[Path, str]:
@@ -82,13 +84,74 @@ def _demo_model() -> tuple[Path, str]:
     return ensure_demo_model(), DEMO_MODEL_ID
 
 
-cli_verify.register(app, _base_to_verify)
-cli_train.register(app, _base_to_verify)
-cli_plan.register(app, _demo_model)
-cli_export.register(app, _demo_model)
-app.command()(doctor)
-app.add_typer(adapters_app, name="adapters")
-app.add_typer(jobs_app, name="jobs")
+def _verify(to: typer.Typer) -> None:
+    from loramux_adapters import cli_verify
+
+    cli_verify.register(to, _base_to_verify)
+
+
+def _train(to: typer.Typer) -> None:
+    from loramux_adapters import cli_train
+
+    cli_train.register(to, _base_to_verify)
+
+
+def _plan(to: typer.Typer) -> None:
+    from loramux_adapters import cli_plan
+
+    cli_plan.register(to, _demo_model)
+
+
+def _export(to: typer.Typer) -> None:
+    from loramux_adapters import cli_export
+
+    cli_export.register(to, _demo_model)
+
+
+def _doctor(to: typer.Typer) -> None:
+    from loramux_server.cli_doctor import doctor
+
+    to.command("doctor")(doctor)
+
+
+def _adapters(to: typer.Typer) -> None:
+    from loramux_server.cli_adapters import adapters_app
+
+    to.add_typer(adapters_app, name="adapters")
+
+
+def _jobs(to: typer.Typer) -> None:
+    from loramux_server.cli_jobs import jobs_app
+
+    to.add_typer(jobs_app, name="jobs")
+
+
+later(
+    app, "verify", "Check that an adapter changes its base, and computes what PEFT computes with it.", _verify
+)
+later(app, "train", "Train an adapter on a base as it is served, and write it as PEFT reads it.", _train)
+later(app, "plan", "Print what training and serving a model take in memory, from its config alone.", _plan)
+later(
+    app,
+    "export",
+    "Merge adapters into their base: a checkpoint that is checked to be the model that was served.",
+    _export,
+)
+later(
+    app,
+    "merge",
+    "Merge adapters into their base: a checkpoint that is checked to be the model that was served.",
+    _export,
+    hidden=True,
+)
+later(
+    app,
+    "doctor",
+    "Look for what would keep a server from running here; each fault comes with advice.",
+    _doctor,
+)
+later(app, "adapters", "List, add, change and remove the adapters of a running server.", _adapters)
+later(app, "jobs", "Start, list, watch and end the fine-tuning jobs of a running server.", _jobs)
 
 
 @app.command()

@@ -62,7 +62,7 @@ def run(config: ServeConfig) -> None:
         else:
             model = config.model
             check_location(model)
-        uvicorn_loop = uvicorn.Config("", loop="auto").get_loop_factory()
+        uvicorn_loop = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
         with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
             runner.run(_serve(config, model, listener, tracing))
 

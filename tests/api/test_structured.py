@@ -52,6 +52,43 @@ async def test_the_engine_gets_a_grammar(
         assert not follows(stand, bad)
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', '{"a": 1, "b": 2}'),
+        ({"type": "object", "properties": {}}, "{}", '{"a": 1}'),
+        ({"properties": {"a": {"properties": {"b": {}}}}}, '{"a": {"b": 1}}', '{"a": {"c": 1}}'),
+        (
+            {"items": {"$ref": "#/$defs/x"}, "$defs": {"x": {"properties": {"a": {}}}}},
+            '[{"a": 1}]',
+            '[{"b": 1}]',
+        ),
+        ({"properties": {"properties": {"type": "integer"}}}, '{"properties": 1}', '{"b": 1}'),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "integer"}}, '{"b": 1}', '{"b": "c"}'),
+        ({"properties": {"a": {}}, "required": ["b"]}, '{"b": 1}', "{}"),
+        ({"enum": [{"properties": {"a": 1}}]}, '{"properties": {"a": 1}}', "{}"),
+        (
+            {
+                "allOf": [
+                    {"properties": {"a": {"type": "integer"}}},
+                    {"properties": {"b": {"type": "integer"}}},
+                ]
+            },
+            '{"a": 1, "b": 2}',
+            '{"a": "c"}',
+        ),
+    ],
+)
+async def test_objects_have_only_the_properties_they_name(
+    client: httpx.AsyncClient, stand: Stand, schema: dict[str, Any], good: str, bad: str
+) -> None:
+    """Unless the schema says that there may be others, or composes them of parts."""
+    schema = {"type": "array" if "items" in schema else "object", **schema}
+    assert (await chat(client, response_format=json_schema(schema))).status_code == 200
+    assert follows(stand, good)
+    assert not follows(stand, bad)
+
+
 @pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"response_format": None}])
 async def test_free_text_has_none(client: httpx.AsyncClient, stand: Stand, fields: dict[str, Any]) -> None:
     assert (await chat(client, **fields)).status_code == 200

@@ -81,7 +81,7 @@ def _generated(url: str, environment: Environment, outcome: Outcome) -> None:
     report.unlink(missing_ok=True)
     done = environment.run(
         *("schemathesis", "run", f"{url}/openapi.json", "--checks", ",".join(CHECKS), "--mode", "all"),
-        *("--phases", "examples,coverage,fuzzing", "--max-examples", "400", "--seed", str(SEED)),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", "440", "--seed", str(SEED)),
         *("--continue-on-failure", "--no-color", "--suppress-health-check", "all", "--request-timeout", "30"),
         *("--generation-database", "none", "--report", "ndjson", "--report-ndjson-path", report),
         check=False,

@@ -12,11 +12,13 @@ from tests.e2e.conftest import start_server
 
 def test_json_logs_and_metrics_of_both_processes(tmp_path: Path) -> None:
     server = start_server(tmp_path, ["demo", "--no-demo-adapters", "--log-format", "json"])
-    server.url = server.url.rstrip('",')  # the line that names it is JSON
-    body = {"model": "demo", "prompt": "Kirschtorte", "max_tokens": 4, "ignore_eos": True}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
-    metrics = server.metrics()
-    assert server.stop() == 0
+    server.url = server.url.rstrip('"}')  # the line that names it is JSON
+    try:
+        body = {"model": "demo", "prompt": "Kirschtorte", "max_tokens": 4, "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+        metrics = server.metrics()
+    finally:
+        assert server.stop() == 0
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     assert {"loramux", "loramux.access"} <= {line["logger"] for line in lines}
     (access,) = [line for line in lines if line["logger"] == "loramux.access"]

@@ -151,7 +151,7 @@ def test_a_conversation_by_responses(server: Server) -> None:
 
 
 def test_answers_match_their_schemas(server: Server) -> None:
-    """Forty of the random schemas of `make conformance`."""
-    outcome = answers_to_schemas(server.url, count=40)
+    """Two dozen of the random schemas of `make conformance`."""
+    outcome = answers_to_schemas(server.url, count=24)
     assert outcome.failures == {}
-    assert outcome.passed > 30
+    assert outcome.passed > 16

@@ -50,6 +50,10 @@ def exercise(stand: Stand, url: str, turn: int) -> None:
         stand.engine.state = "restarting"
         client.get("/health")
         stand.engine.state = "ready"
+    with stand.metrics.request("pirate", 3) as sequence:
+        sequence.tokens(1, 0.1)
+        sequence.tokens(1)
+        sequence.finished("stop")
     stats = EngineStats(
         step=turn, running=2, waiting=1, kv_blocks_used=3, kv_blocks_total=8, batch_tokens=4, batch_adapters=1,
         preemptions=turn, device_adapters=[], host_adapters=[], prefix_cache_queries=turn * 10,

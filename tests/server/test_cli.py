@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_group
 
 from loramux_adapters import __version__
 from loramux_server import cli
@@ -93,12 +94,30 @@ def test_a_missing_model_from_outside(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    heavy = ("pydantic", "fastapi", "torch", "transformers", "httpx", "rich")
+    check = f"import sys, loramux_server.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 # --- in this process ---------------------------------------------------------------------------------------------------
 
 
 def test_version(loramux: Any) -> None:
     outcome = loramux("version")
     assert (outcome.code, outcome.out) == (0, f"loramux {__version__}\n")
+
+
+@pytest.mark.parametrize("name", ["verify", "train", "plan", "export", "merge", "doctor", "adapters", "jobs"])
+def test_the_list_says_of_a_command_what_it_says_itself(loramux: Any, name: str) -> None:
+    listed = get_group(cli.app).commands[name]
+    summary = " ".join((listed.help or "").split())
+    outcome = loramux(name, "--help")
+    assert outcome.code == 0
+    assert summary
+    assert summary in " ".join(outcome.out.split())
+    assert listed.hidden == (name == "merge")
 
 
 def test_nothing_at_all_shows_the_help(loramux: Any) -> None:

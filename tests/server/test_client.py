@@ -409,3 +409,13 @@ async def test_a_worker_ends_with_its_parent(tiny_model: Callable[[str], Path]) 
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+async def test_what_the_engine_is_told_of_its_options(tiny_model: Callable[[str], Path]) -> None:
+    from loramux_server.engine.worker import build_engine
+
+    told = msgspec.structs.replace(options(tiny_model("llama")), enable_prefix_caching=False)
+    engine, ready = build_engine(told)
+    engine.close()
+    assert not engine.blocks.prefix_caching
+    assert (ready.max_loras, ready.kv_block_size) == (told.max_loras, told.block_size)

@@ -88,6 +88,23 @@ def test_no_interleaving_leaks(crowded: tuple[Engine, list[AdapterRef]], events:
     assert all(slot.references == 0 for slot in engine.bank.tier.slots.values())
 
 
+def test_what_others_left_in_the_cache_reaches_nobody(make_engine: EngineFactory) -> None:
+    """One adapter that overflows leaves NaN in the blocks it had: in whole ones, and behind what a new owner writes."""
+    lengths = (3, 16, 17, 40)
+    wanted = [(i, request(f"r{i}", list(range(5, 5 + n)), max_tokens=20)) for i, n in enumerate(lengths)]
+    clean = run(make_engine(), wanted)
+    engine = make_engine()
+    engine.add(request("overflows", [5, 6, 7], max_tokens=20))
+    step(engine)
+    for layer in engine.runner.cache.layers:
+        layer.fill_(float("nan"))
+    answers = run(engine, wanted)
+    assert answers.pop("overflows")[-1].finish == "error"
+    assert {name: tokens_of(out) for name, out in answers.items()} == {
+        name: tokens_of(out) for name, out in clean.items()
+    }
+
+
 def test_a_seed_gives_the_same_tokens_in_any_company(make_engine: EngineFactory) -> None:
     engine = make_engine()
     seeded = request("s", list(range(30, 50)), temperature=1.0, seed=1234)

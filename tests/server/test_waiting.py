@@ -84,13 +84,13 @@ def test_shares_are_tokens_and_not_requests(room: int) -> None:
 
 def test_tokens_of_the_prefix_cache_cost_nothing() -> None:
     """Turns are about what is left to compute: nine of ten tokens of "known" prompts are there already."""
-    line = filled(("known", 500, 10), ("new", 500, 10))
+    line = filled(("known", 1000, 10), ("new", 1000, 10))
 
     def admit(item: Sequence) -> Verdict:
         item.num_computed = 9 if item.generation == "known" else 0
         return Verdict.ADMITTED
 
-    served = [item.generation for item in serve(line, 110, admit)]
+    served = [item.generation for item in serve(line, 700, admit)]
     assert served.count("known") == pytest.approx(10 * served.count("new"), rel=0.2)
 
 

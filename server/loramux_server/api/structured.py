@@ -26,6 +26,12 @@ MAX_GRAMMAR_BYTES = 512 * 1024
 # Unbounded white space between JSON tokens is a place where small models stay until they are cut off.
 _JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n\r\t]{1,24}", "lenient": False}
 _AT_ONCE = anyio.CapacityLimiter(2)
+# Keywords that compose schemas, so that closing one changes what another means.
+_COMPOSING = frozenset(("allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties"))
+# By which an object says itself what else it may have.
+_OPENING = frozenset(("additionalProperties", "patternProperties", "minProperties", "$ref", "anyOf"))
+_PARTS = frozenset(("items", "prefixItems", "additionalProperties", "anyOf"))  # schemas, or lists of them
+_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 
 
 Build = Callable[[], str]
@@ -79,8 +85,41 @@ def of_schema(schema: dict[str, Any]) -> str:
 
 
 def bounded(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with our options, whatever options it came with."""
-    return {**schema, "x-guidance": _JSON_OPTIONS}
+    """`schema` with our options, whatever options it came with, and closed where it may be."""
+    closed: Any = schema if _is_composed(schema) else _close(schema)
+    return {**closed, "x-guidance": _JSON_OPTIONS}
+
+
+def _is_composed(value: object) -> bool:
+    """Whether objects may get properties from more than one place: then nobody can close them one by one."""
+    if isinstance(value, list):
+        return any(map(_is_composed, value))
+    return isinstance(value, dict) and (
+        not _COMPOSING.isdisjoint(value) or any(map(_is_composed, value.values()))
+    )
+
+
+def _close(value: object) -> object:
+    """Objects that name their properties get no others unless the schema says so: what is left out of it is not wanted.
+
+    A model that may go on with properties of its own does. What matches the closed schema matches the given one, too.
+    """
+    if isinstance(value, list):
+        return [_close(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    closed = dict(value)
+    for name in _PARTS & value.keys():
+        closed[name] = _close(value[name])
+    for name in _MAPS & value.keys():
+        if isinstance(value[name], dict):
+            closed[name] = {key: _close(inner) for key, inner in value[name].items()}
+    named = value.get("properties")
+    if isinstance(named, dict) and _OPENING.isdisjoint(value):
+        required = value.get("required")
+        if not isinstance(required, list) or all(name in named for name in required if isinstance(name, str)):
+            closed["additionalProperties"] = False
+    return closed
 
 
 def _of_response_format(wanted: ResponseFormat) -> tuple[str, Build]:

@@ -33,6 +33,7 @@ For each call write a JSON object with the function's name and its arguments ins
 </tool_call>"""
 
 
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _WORD = re.compile(r"\btool(?:s|_calls)?\b")
 
 
@@ -58,7 +59,7 @@ class ToolPlan:
         """What forces a call: the arguments alone if the function is named, else a list of calls."""
         if self.only is not None:
             function = next(tool.function for tool in self.tools if tool.function.name == self.only)
-            return of_schema(function.parameters or {"type": "object"})
+            return of_schema(function.parameters or _NO_PARAMETERS)
         return self._list_of_calls()
 
     def _list_of_calls(self) -> str:
@@ -66,7 +67,7 @@ class ToolPlan:
         for place, tool in enumerate(self.tools):
             opening = lark_string(f'{{"name": {json.dumps(tool.function.name)}, "arguments": ')
             calls.append(f'{opening} arguments_{place} "}}"')
-            schema = tool.function.parameters or {"type": "object"}
+            schema = tool.function.parameters or _NO_PARAMETERS
             rules.append(f"arguments_{place}: %json {json.dumps(bounded(schema))}")
         more = '(", " call)*' if self.parallel else ""
         lark = [f'start: "[" call {more} "]"', "call: " + " | ".join(calls), *rules]

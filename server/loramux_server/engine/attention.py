@@ -57,6 +57,7 @@ class PagedBatch:
     """Where the rows of one step belong. Decoding sequences are the first `num_decodes` rows."""
 
     slots: torch.Tensor  # [T] int64: flat cache position of each row
+    begun: torch.Tensor  # [n] int64: blocks whose first rows come in this step, and whose last do not
     num_decodes: int
     block_table: torch.Tensor  # [num_decodes, max_blocks] int64
     lengths: torch.Tensor  # [num_decodes] int64: tokens each may attend to, its own included
@@ -94,11 +95,18 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         shape = (num_blocks, block_size, 2, kv_heads, head_dim)
-        # Zeros, not empty: padding rows of a gathered block must not hold NaN.
         self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
 
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store `[T, kv_heads, head_dim]` keys and values at flat positions `slots [T]`."""
+    def write(
+        self, layer: int, slots: torch.Tensor, begun: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store `[T, kv_heads, head_dim]` keys and values at flat positions `slots [T]`.
+
+        The blocks `begun` are cleared before: decoding reads them whole, and what their last owner left may be NaN,
+        which no mask takes out of a sum.
+        """
+        if len(begun):
+            self.layers[layer].index_fill_(0, begun, 0.0)
         flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])
         flat[slots] = torch.stack((key, value), dim=1)
 
@@ -134,7 +142,7 @@ def paged_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     cache = paged.cache
-    cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    cache.write(layer, paged.slots, paged.begun, key[0].transpose(0, 1), value[0].transpose(0, 1))
     out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
     n = paged.num_decodes
     if n:

@@ -16,7 +16,7 @@ from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention import Chunk, KVCache, PagedBatch
 from loramux_server.engine.sampler import score_prompt
-from loramux_server.engine.sequence import Scheduled
+from loramux_server.engine.sequence import Scheduled, Sequence
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:
@@ -30,6 +30,11 @@ def _kv_shape(base: ResidentBase) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def _own_blocks(sequence: Sequence, length: int, block_size: int) -> list[int]:
+    """The blocks that hold its first `length` tokens."""
+    return sequence.blocks[: -(-length // block_size)]
 
 
 class ModelRunner:
@@ -103,21 +108,29 @@ class ModelRunner:
         size = self.cache.block_size
         device = self.base.device
         slots: list[int] = []
+        begun: list[int] = []
         chunks: list[Chunk] = []
         decodes = [item for item in items if item.count == 1]
         for item in items:
             sequence, start = item.sequence, item.sequence.num_computed
             for position in range(start, start + item.count):
                 slots.append(sequence.blocks[position // size] * size + position % size)
+            last, filled = divmod(start + item.count, size)
+            if filled and last * size >= start:
+                begun.append(sequence.blocks[last])
             if item.count > 1:
-                needed = -(-(start + item.count) // size)
-                blocks = torch.tensor(sequence.blocks[:needed], device=device)
+                blocks = torch.tensor(_own_blocks(sequence, start + item.count, size), device=device)
                 chunks.append(Chunk(len(slots) - item.count, item.count, start, blocks))
         lengths = [item.sequence.num_computed + 1 for item in decodes]
-        width = max((-(-length // size) for length in lengths), default=0)
-        table = [(item.sequence.blocks[:width] + [0] * width)[:width] for item in decodes]
+        tables = [
+            _own_blocks(item.sequence, length, size) for item, length in zip(decodes, lengths, strict=True)
+        ]
+        width = max(map(len, tables), default=0)
+        # A sequence's table is filled up with its own first block: what is masked must still be a number.
+        table = [own + own[:1] * (width - len(own)) for own in tables]
         return PagedBatch(
             slots=torch.tensor(slots, device=device),
+            begun=torch.tensor(begun, dtype=torch.long, device=device),
             num_decodes=len(decodes),
             block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(decodes), width),
             lengths=torch.tensor(lengths, dtype=torch.long, device=device),
@@ -172,6 +185,7 @@ class ModelRunner:
         decode = stop - start == 1
         return PagedBatch(
             slots=torch.arange(start, stop, device=device),
+            begun=blocks[:0],
             num_decodes=int(decode),
             block_table=blocks[None] if decode else blocks.new_zeros((0, 0)),
             lengths=torch.tensor([stop] if decode else [], dtype=torch.long, device=device),
