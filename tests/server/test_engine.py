@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.engine.engine import Engine
-from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest
+from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest, TokenOutput
 from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
 
 # What may happen next: a new request (prompt length, adapter or base, tokens wanted), an abort, some steps.
@@ -101,6 +101,39 @@ def test_what_others_left_in_the_cache_reaches_nobody(make_engine: EngineFactory
     answers = run(engine, wanted)
     assert answers.pop("overflows")[-1].finish == "error"
     assert {name: tokens_of(out) for name, out in answers.items()} == {
+        name: tokens_of(out) for name, out in clean.items()
+    }
+
+
+def test_what_a_running_request_overflows_to_reaches_nobody(make_engine: EngineFactory) -> None:
+    """Sequences of unequal lengths decode as one batch; what fills the short ones up is not a stranger's block."""
+    short, long = (request(f"r{n}", list(range(5, 5 + n)), max_tokens=30) for n in (3, 40))
+    clean = run(make_engine(), [(0, short), (0, long)])
+    engine = make_engine()
+    engine.add(request("first", [5, 6, 7], max_tokens=3))
+    outputs: dict[str, list[TokenOutput]] = {}
+
+    def steps_until(count: int, name: str) -> None:
+        for _ in range(200):
+            if len(outputs.get(name, ())) >= count:
+                return
+            for output in step(engine).outputs:
+                outputs.setdefault(output.id, []).append(output)
+        raise AssertionError(f"{name} got {len(outputs.get(name, ()))} of {count} tokens")
+
+    steps_until(1, "first")
+    engine.add(short)
+    engine.add(long)
+    steps_until(3, "first")  # it had block 0, which the next one gets
+    engine.add(request("overflows", list(range(5, 205)), max_tokens=1))
+    steps_until(len(outputs["r3"]) + 1, "r3")
+    for layer in engine.runner.cache.layers:
+        layer[0].fill_(float("nan"))
+    steps_until(1, "overflows")
+    assert outputs["overflows"][0].finish == "error"
+    steps_until(len(clean["r3"]), "r3")
+    steps_until(len(clean["r40"]), "r40")
+    assert {name: tokens_of(outputs[name]) for name in clean} == {
         name: tokens_of(out) for name, out in clean.items()
     }
 

@@ -18,7 +18,7 @@ class TestLoramux(ChatModelIntegrationTests):
             "base_url": os.environ["CONFORMANCE_URL"],
             "api_key": "none",
             "temperature": 0,
-            "max_tokens": 200,
+            "max_tokens": 150,
             "frequency_penalty": 0.5,  # a small model repeats itself inside of strings until it is cut off
             "max_retries": 0,
             "stream_usage": True,  # which it leaves out by itself for any server but OpenAI's
