@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loramux_adapters.errors import EngineError
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
-from loramux_adapters.training.checkpoints import CHECKPOINTS, STATE_FILE
-from loramux_adapters.training.manifest import MANIFEST_FILE
+from loramux_adapters.training.layout import CHECKPOINTS, MANIFEST_FILE, STATE_FILE
 from loramux_adapters.training.start import stamped
 from loramux_adapters.weights import LoraWeights
 from loramux_server.api.app import ApiSettings, create_app

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from loramux_adapters import files as disk
 from loramux_adapters.errors import EngineError, Overloaded, StorageError, StorageFull
 from loramux_adapters.spec import BaseGeometry
-from loramux_adapters.training.checkpoints import STATE_FILE
+from loramux_adapters.training.layout import STATE_FILE
 from loramux_server.engine.messages import TrainingEnded
 from loramux_server.training import manager, publication
 from loramux_server.training.names import checkpoint_name, model_name

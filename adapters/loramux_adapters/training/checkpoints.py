@@ -25,11 +25,10 @@ from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import LoramuxError, StorageError, TrainingError
 from loramux_adapters.files import fsync_directory, replace_file, storage_error, write_file
 from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.training.layout import CHECKPOINTS, STATE_FILE
 from loramux_adapters.weights import LoraWeights
 
-CHECKPOINTS = "checkpoints"  # below the directory of a run
 OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
 RESUMABLE = 2  # checkpoints whose optimizer state is kept
 FORMAT = 1
 

@@ -16,8 +16,6 @@ from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.inputs import TrainingInputs
 from loramux_adapters.weights import LoraWeights
 
-MANIFEST_FILE = "training_manifest.json"
-
 
 def manifest_of(
     inputs: TrainingInputs,

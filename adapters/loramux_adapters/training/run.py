@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.batches import Batches
 from loramux_adapters.training.checkpoints import (
-    CHECKPOINTS,
     Checkpoints,
     Snapshot,
     check_identity,
@@ -32,8 +31,9 @@ from loramux_adapters.training.context import context_length
 from loramux_adapters.training.diagnoses import Diagnosis, diagnose
 from loramux_adapters.training.inputs import TrainingInputs, read_inputs
 from loramux_adapters.training.layerwise import LayerStack
+from loramux_adapters.training.layout import CHECKPOINTS, MANIFEST_FILE
 from loramux_adapters.training.lora import TrainedAdapter
-from loramux_adapters.training.manifest import MANIFEST_FILE, manifest_of
+from loramux_adapters.training.manifest import manifest_of
 from loramux_adapters.training.memory import check_memory, free_memory
 from loramux_adapters.training.optimizers import restore_state, state_of
 from loramux_adapters.training.recipe import Recipe, TrainingBase

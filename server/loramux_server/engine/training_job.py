@@ -22,7 +22,7 @@ from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterUnavailable, LoramuxError, TrainingError
 from loramux_adapters.training.diagnoses import Diagnosis
 from loramux_adapters.training.inputs import TrainingInputs
-from loramux_adapters.training.manifest import MANIFEST_FILE
+from loramux_adapters.training.layout import MANIFEST_FILE
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.training.run import (
     CheckpointReport,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE
 from loramux_adapters.files import fsync_directory, link_or_copy, storage_error
 from loramux_adapters.sources import Staged, new_staging_directory
-from loramux_adapters.training.checkpoints import CHECKPOINTS
+from loramux_adapters.training.layout import CHECKPOINTS
 from loramux_server.training.files import FileStore
 
 FileField = Literal["training_file", "validation_file"]

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux_adapters.errors import LoramuxError
-from loramux_adapters.training.checkpoints import STATE_FILE
-from loramux_adapters.training.manifest import MANIFEST_FILE
+from loramux_adapters.training.layout import MANIFEST_FILE, STATE_FILE
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.publishing import Options, Published
 from loramux_server.training.database import TrainingDatabase
