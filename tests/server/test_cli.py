@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -39,8 +40,10 @@ class Outcome:
 
 
 @pytest.fixture
-def loramux(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
-    """`loramux(*arguments)` in this process."""
+def loramux(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """`loramux(*arguments)` in this process. Logging is left as it was: what a command set up writes to a captured file."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
 
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["loramux", *arguments])
@@ -51,7 +54,10 @@ def loramux(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
             code = exit.code or 0
         return Outcome(code, *capfd.readouterr())
 
-    return run
+    yield run
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)
 
 
 def children(parent: int) -> list[str]:
