@@ -9,13 +9,13 @@ How plan, progress and result look is `cli_export_output.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loramux_adapters.cli_errors import exit_codes
 from loramux_adapters.cli_export_output import ProgressKind, progress_shown, show_plan, summary
 from loramux_adapters.errors import LoramuxError
 
@@ -126,7 +126,7 @@ def export_command(resolve: ResolveModel) -> Callable[..., None]:
         progress: Progress = None,
     ) -> None:
         """Merge adapters into their base: a checkpoint that is checked to be the model that was served."""
-        with _exit_codes(as_json):
+        with exit_codes(as_json, _exit_code):
             from loramux_adapters.export import ExportOptions, VerifyOptions, WeightedAdapter
             from loramux_adapters.export import options as words
 
@@ -173,17 +173,8 @@ def _run(plan: ExportPlan, *, resume: bool, progress: ProgressKind, quiet: bool,
             typer.echo(line)
 
 
-@contextmanager
-def _exit_codes(as_json: bool) -> Iterator[None]:
-    """With --json errors are JSON on standard output; in both modes an unproven export exits with 3."""
-    try:
-        yield
-    except LoramuxError as error:
-        from loramux_adapters.export import NOT_PROVEN
+def _exit_code(error: LoramuxError) -> int:
+    """An export that is not proven has one of its own."""
+    from loramux_adapters.export import NOT_PROVEN
 
-        if as_json:
-            fields = {"message": error.message, "param": error.param, "code": error.code}
-            typer.echo(json.dumps({"error": fields}, indent=2))
-        else:
-            typer.echo(f"loramux: {error.message}", err=True)
-        raise typer.Exit(NOT_PROVEN_EXIT if error.code == NOT_PROVEN else 1) from error
+    return NOT_PROVEN_EXIT if error.code == NOT_PROVEN else 1

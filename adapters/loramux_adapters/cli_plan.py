@@ -8,23 +8,23 @@ model comes from: the caller says.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from loramux_adapters.errors import ConfigError, LoramuxError
+from loramux_adapters.cli_errors import exit_codes
+from loramux_adapters.errors import ConfigError
 from loramux_adapters.planning.serving import ServingOptions
 from loramux_adapters.planning.weights import Device, Quantization
 from loramux_adapters.training.recipe import Recipe
+from loramux_adapters.training.targets import targets_of_text
 
 if TYPE_CHECKING:
     from loramux_adapters.planning.plan import Plan
 
 _SERVE = ServingOptions()
-_PRESETS = ("auto", "all-linear", "attention", "attention-qv")
 _DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 _QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "none")
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -72,10 +72,10 @@ def plan_command(demo: Callable[[], tuple[Path, str]]) -> Callable[..., None]:
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     ) -> None:  # fmt: skip
         """Print what training and serving a model take in memory, from its config alone."""
-        with _exit_codes(as_json):
+        with exit_codes(as_json):
             fields: dict[str, object] = {
                 "r": r,
-                "target_modules": _targets(target_modules),
+                "target_modules": None if target_modules is None else targets_of_text(target_modules),
                 "max_seq_length": max_seq_length,
                 "batch_size": batch_size,
                 "packing": packing,
@@ -130,12 +130,6 @@ def _auto_dtype(device: str) -> str:
     return "bfloat16"
 
 
-def _targets(given: str | None) -> str | list[str] | None:
-    if given is None or given in _PRESETS:
-        return given
-    return [part.strip() for part in given.split(",")]
-
-
 def _one_of(flag: str, given: str, known: tuple[_Word, ...]) -> _Word:
     for word in known:
         if word == given:
@@ -167,17 +161,3 @@ def _print(plan: Plan, *, as_json: bool) -> None:
 
     for line in plan_lines(plan):
         typer.echo(line)
-
-
-@contextmanager
-def _exit_codes(as_json: bool) -> Iterator[None]:
-    """With --json errors are JSON on standard output."""
-    try:
-        yield
-    except LoramuxError as error:
-        if as_json:
-            fields = {"message": error.message, "param": error.param, "code": error.code}
-            typer.echo(json.dumps({"error": fields}, indent=2))
-        else:
-            typer.echo(f"loramux: {error.message}", err=True)
-        raise typer.Exit(1) from error

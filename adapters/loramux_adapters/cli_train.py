@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loramux_adapters.cli_errors import exit_codes
 from loramux_adapters.cli_verify import LoadBase, VerifyBase
-from loramux_adapters.errors import LoramuxError, TrainingError
+from loramux_adapters.errors import TrainingError
 from loramux_adapters.training.recipe import Recipe
+from loramux_adapters.training.targets import targets_of_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -97,15 +99,15 @@ def _fields(given: Mapping[str, str | bool | None]) -> dict[str, object]:
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(value, str) and name != "init_from":
+        if isinstance(value, bool) or name == "init_from":
+            fields[name] = value
+        elif name == "target_modules":
+            fields[name] = targets_of_text(value)
+        else:
             try:
                 fields[name] = json.loads(value)
             except ValueError:
                 fields[name] = value
-            if name == "target_modules" and value not in ("auto", "all-linear", "attention", "attention-qv"):
-                fields[name] = [part.strip() for part in value.split(",")]
-        else:
-            fields[name] = value
     return fields
 
 
@@ -278,16 +280,10 @@ def _print_result(result: TrainingResult, *, as_json: bool) -> None:
 
 @contextmanager
 def _exit_codes(as_json: bool) -> Iterator[None]:
-    """With --json errors are JSON on standard output."""
+    """Ctrl-C has a code of its own."""
     try:
-        yield
+        with exit_codes(as_json):
+            yield
     except _Stopped as stop:
         typer.echo(f"loramux: {stop}", err=True)
         raise typer.Exit(STOPPED_EXIT) from stop
-    except LoramuxError as error:
-        if as_json:
-            fields = {"message": error.message, "param": error.param, "code": error.code}
-            typer.echo(json.dumps({"error": fields}, indent=2))
-        else:
-            typer.echo(f"loramux: {error.message}", err=True)
-        raise typer.Exit(1) from error

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
-from loramux_adapters.errors import LoramuxError, UnknownAdapter
+from loramux_adapters.cli_errors import exit_codes
+from loramux_adapters.errors import UnknownAdapter
 
 if TYPE_CHECKING:
     from loramux_adapters.spec import BaseGeometry
@@ -78,7 +79,7 @@ def verify_command(load: LoadBase) -> Callable[..., None]:
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     ) -> None:
         """Check that an adapter changes its base, and computes what PEFT computes with it."""
-        with _errors(as_json), _files_of(adapter, demo=model == "demo") as directory:
+        with exit_codes(as_json), _files_of(adapter, demo=model == "demo") as directory:
             report = _verify(directory, model, lambda: load(model, device, dtype, quantization), prompts)
         if as_json:
             typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
@@ -105,20 +106,6 @@ def _verify(directory: Path, model: str, load: Callable[[], VerifyBase], prompts
         return verify_adapter(
             base.model, base.geometry, weights, tokenizer=base.tokenizer, prompts=prompts, observe=observe
         )
-
-
-@contextmanager
-def _errors(as_json: bool) -> Iterator[None]:
-    """With --json errors are JSON on standard output; in both modes the exit code is 1."""
-    try:
-        yield
-    except LoramuxError as error:
-        if as_json:
-            fields = {"message": error.message, "param": error.param, "code": error.code}
-            typer.echo(json.dumps({"error": fields}, indent=2))
-        else:
-            typer.echo(f"loramux: {error.message}", err=True)
-        raise typer.Exit(1) from error
 
 
 @contextmanager

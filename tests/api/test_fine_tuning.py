@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +25,15 @@ from tests.api.training_support import (
     PATIENCE_S,
     ROWS,
     STEPS,
+    Make,
     TrainingStand,
+    make,
     serving,
     url_of,
     weights_at,
 )
 
-__all__ = ["make_lora_weights", "tiny_geometry"]  # fixtures
-
-Make = Callable[..., TrainingStand]
-
-
-@pytest.fixture
-async def make(
-    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
-) -> AsyncIterator[Make]:
-    stands: list[TrainingStand] = []
-
-    def make(*, gated: bool = False, start: bool = True) -> TrainingStand:
-        stands.append(TrainingStand.open(tmp_path, tiny_geometry, tokenizer, gated=gated))
-        if start:
-            stands[-1].jobs.start()
-        return stands[-1]
-
-    yield make
-    for stand in stands:
-        await stand.close()
+__all__ = ["make", "make_lora_weights", "tiny_geometry"]  # fixtures
 
 
 def method(**hyperparameters: Any) -> dict[str, Any]:

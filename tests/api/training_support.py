@@ -10,13 +10,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -327,3 +328,24 @@ def serving(stand: TrainingStand) -> Iterator[tuple[str, asyncio.AbstractEventLo
 
 def url_of(job: dict[str, Any]) -> str:
     return f"/v1/fine_tuning/jobs/{job['id']}"
+
+
+Make = Callable[..., TrainingStand]
+
+
+@pytest.fixture
+async def make(
+    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
+) -> AsyncIterator[Make]:
+    """Servers on one data directory, one after the other."""
+    stands: list[TrainingStand] = []
+
+    def make(*, gated: bool = False, start: bool = True) -> TrainingStand:
+        stands.append(TrainingStand.open(tmp_path, tiny_geometry, tokenizer, gated=gated))
+        if start:
+            stands[-1].jobs.start()
+        return stands[-1]
+
+    yield make
+    for stand in stands:
+        await stand.close()

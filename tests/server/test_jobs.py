@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,14 @@ from loramux_server.training.records import JobEvent
 from loramux_server.training.runner import MAX_INTERRUPTIONS
 from tests.adapters.conftest import tiny_geometry
 from tests.api.conftest import CHATML, byte_level_tokenizer
-from tests.api.training_support import STEPS, TrainingStand, weights_at
+from tests.api.training_support import STEPS, Make, TrainingStand, make, weights_at
 
-__all__ = ["tiny_geometry"]  # fixtures
-
-Make = Callable[..., TrainingStand]
+__all__ = ["make", "tiny_geometry"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_level_tokenizer(chat_template=CHATML)
-
-
-@pytest.fixture
-async def make(
-    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
-) -> AsyncIterator[Make]:
-    """Servers on one data directory, one after the other."""
-    stands: list[TrainingStand] = []
-
-    def make(*, gated: bool = False, start: bool = True) -> TrainingStand:
-        stands.append(TrainingStand.open(tmp_path, tiny_geometry, tokenizer, gated=gated))
-        if start:
-            stands[-1].jobs.start()
-        return stands[-1]
-
-    yield make
-    for stand in stands:
-        await stand.close()
 
 
 async def kill(stand: TrainingStand, tmp_path: Path) -> None:

@@ -20,6 +20,13 @@ _QUERY_OR_VALUE = frozenset(
 )
 
 
+def targets_of_text(text: str) -> str | list[str]:
+    """What a command line gives for target_modules: a preset, or names as in q_proj,v_proj."""
+    if text in ("auto", ALL_LINEAR, ATTENTION, ATTENTION_QV):
+        return text
+    return [part.strip() for part in text.split(",")]
+
+
 def resolve_targets(choice: str | Sequence[str], geometry: BaseGeometry) -> tuple[str, ...]:
     """Literal names for an adapter_config, sorted. Raises TrainingError for what this base does not have."""
     names = list(geometry.linear_shapes)
