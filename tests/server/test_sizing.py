@@ -90,10 +90,9 @@ def test_on_gpus_the_cache_gets_the_share_that_is_left(monkeypatch: pytest.Monke
 
 
 def test_on_cpus_the_cache_takes_no_more_than_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = {"SC_AVPHYS_PAGES": GIB // 4096, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(sizing.os, "sysconf", lambda name: pages[name])
+    monkeypatch.setattr(sizing, "available_bytes", lambda: GIB)
     adapters = 512 * 4 * 1024 * 2
     sizes = plan(max_num_seqs=1024, max_model_len=4096)
     assert sizes.num_blocks == (GIB // 2 - adapters) // (BLOCK * TOKEN)
-    pages["SC_AVPHYS_PAGES"] *= 64
+    monkeypatch.setattr(sizing, "available_bytes", lambda: 64 * GIB)
     assert plan(max_num_seqs=1024, max_model_len=4096).num_blocks == 4 * GIB // (BLOCK * TOKEN)

@@ -12,6 +12,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from loramux_server.doctor.finding import Finding, fault, note, ok
+from loramux_server.host_memory import available_bytes
 
 GIB = 2**30
 _LEAST_MEMORY = 2 * GIB
@@ -37,9 +38,9 @@ def _system() -> Finding:
 
 
 def _memory() -> Finding:
-    memory = psutil.virtual_memory()
-    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
-    if memory.available < _LEAST_MEMORY:
+    available = available_bytes()
+    found = f"{available / GIB:.1f} of {psutil.virtual_memory().total / GIB:.1f} GiB available"
+    if available < _LEAST_MEMORY:
         return note("memory", found, "close other programs: loading a model takes a few GiB of host memory")
     return ok("memory", found)
 

@@ -6,7 +6,6 @@ Everything is either asked for (and refused with figures if it cannot be) or der
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from loramux_adapters.errors import ConfigError
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -80,5 +80,4 @@ def _free_bytes(options: WorkerOptions, device: torch.device, reserved: int) -> 
         free, total = torch.cuda.mem_get_info(device)
         # What a step allocates for activations and logits comes out of the share left unused.
         return max(0, int(free - (1 - options.gpu_memory_utilization) * total) - reserved)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(_CPU_KV_DEFAULT, max(0, available // 2 - reserved))
+    return min(_CPU_KV_DEFAULT, max(0, available_bytes() // 2 - reserved))
