@@ -15,8 +15,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,24 @@ from loramux_adapters.kernels import FusedPart, Kernel
 # bitsandbytes warns, when it is imported, that it could not download a CPU kernel; ours multiplies a dense copy.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-import bitsandbytes.functional as bnb  # noqa: E402
+
+def _import_bitsandbytes() -> Any:
+    """It wraps functions that nobody here calls in torch.compile, which loads the compiler: a second of every start."""
+    compiler = torch.compile
+    torch.compile = _uncompiled
+    try:
+        import bitsandbytes.functional as functional
+    finally:
+        torch.compile = compiler
+    return functional
+
+
+def _uncompiled(model: Any = None, **_: Any) -> Any:
+    """torch.compile's two forms, call and decorator with options, that leave the function as it is."""
+    return model if model is not None else lambda function: function
+
+
+bnb = _import_bitsandbytes()
 
 BLOCKSIZE = 64
 
@@ -138,6 +156,8 @@ class NF4Linear(torch.nn.Linear):
         )
         self.register_parameter("bias", fixed_bias)
         self.kernel: Kernel | None = None
+        self.held: torch.Tensor | None = None  # see `holding_dense`
+        self._holding = False
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight `[out_features, in_features]` from the canonical bytes."""
@@ -158,6 +178,18 @@ class NF4Linear(torch.nn.Linear):
             return out
         with torch.no_grad():
             return self.matmul(input)
+
+    def hold(self, holding: bool) -> None:
+        self._holding, self.held = holding, None
+
+    def backward_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """What a gradient is multiplied by; kept for the next one while it is to be held."""
+        if self.held is not None:
+            return self.held
+        dense = self.dequantize(dtype)
+        if self._holding:
+            self.held = dense
+        return dense
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
@@ -183,4 +215,17 @@ class _NF4MatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+        return grad @ ctx.layer.backward_weight(grad.dtype), None
+
+
+@contextmanager
+def holding_dense(module: torch.nn.Module | None) -> Iterator[None]:
+    """Within, every NF4 linear of `module` is dequantized once for all backward passes, and stays so until the end."""
+    linears = [] if module is None else [one for one in module.modules() if isinstance(one, NF4Linear)]
+    for linear in linears:
+        linear.hold(True)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.hold(False)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,20 +24,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.grouping import derive_kernels, shared_inputs
 from loramux_adapters.kernels import ResidentLinear
+from loramux_adapters.model_config import CONFIG_FAULTS, faults_said, reason
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.context import context_length
 from loramux_server.base.device import pick_device, pick_dtype
 from loramux_server.base.location import check_location
+from loramux_server.base.nf4_cache import QuantizedCopy
 
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["nf4", "none"]
+_WEIGHT_FAULTS: tuple[type[BaseException], ...] = (*CONFIG_FAULTS, MemoryError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a base. `dtype` "auto": bf16 where the device computes in it, else fp32."""
+    """How to load a base. `dtype` "auto": bf16 where the device computes in it, else fp32.
+
+    `nf4_cache` is the directory of quantized copies (`nf4_cache.py`); without one nothing is kept.
+    """
 
     model: str
     name: str
@@ -45,6 +52,7 @@ class LoadOptions:
     dtype: str = "auto"
     quantization: Quantization = "nf4"
     local_files_only: bool = False
+    nf4_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,37 @@ def load_base(options: LoadOptions) -> ResidentBase:
     dtype = pick_dtype(options.dtype, device)
     config = _read_config(options)
     prequantized = _check_quantization_config(config, options)
-    model = _read_weights(
-        options, config, device, quantize=options.quantization == "nf4" and not prequantized
-    )
+    quantize = options.quantization == "nf4" and not prequantized
+    copy = None
+    if quantize and options.nf4_cache is not None:
+        copy = QuantizedCopy.of(options.nf4_cache, options.model, config, device)
+        if copy is not None and (base := _from_copy(copy, options)) is not None:
+            return base
+    model = _read_weights(options, config, device, quantize=quantize)
+    written = copy.write(model) if copy is not None else None
+    base = _resident(model, options.name, device, dtype)
+    if copy is not None and written is not None:
+        copy.publish(written, base.geometry.identity)
+    return base
+
+
+def _from_copy(copy: QuantizedCopy, options: LoadOptions) -> ResidentBase | None:
+    """The base from its quantized copy; None if there is no copy, or none that is what was once written."""
+    identity = copy.identity()
+    if identity is None:
+        return None
+    try:
+        base = load_base(replace(options, model=str(copy.path), revision=None, nf4_cache=None))
+    except BaseModelError as error:
+        copy.discard(str(error))
+        return None
+    if base.geometry.identity != identity:
+        copy.discard("its bytes have changed")
+        return None
+    return base
+
+
+def _resident(model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype) -> ResidentBase:
     shapes = _swap_linears(model, dtype)
     model.requires_grad_(False)
     model.eval()
@@ -87,7 +123,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
     text_config = model.config.get_text_config()
     return ResidentBase(
         model=model,
-        geometry=BaseGeometry(name=options.name, identity=identity, linear_shapes=shapes),
+        geometry=BaseGeometry(name=name, identity=identity, linear_shapes=shapes),
         device=device,
         dtype=dtype,
         quantization="nf4" if any(isinstance(m, NF4Linear) for m in model.modules()) else "none",
@@ -100,18 +136,14 @@ def load_base(options: LoadOptions) -> ResidentBase:
 
 def _read_config(options: LoadOptions) -> Any:
     check_location(options.model)
-    try:
+    with faults_said(f"cannot read the model '{options.model}'"):
         config = AutoConfig.from_pretrained(
             options.model,
             revision=options.revision,
             trust_remote_code=False,
             local_files_only=options.local_files_only,
         )
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"cannot read the model '{options.model}': {_first_line(error)}", param="model"
-        ) from error
-    architectures = getattr(config, "architectures", None) or []
+        architectures = [str(name) for name in getattr(config, "architectures", None) or []]
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if getattr(config, "is_encoder_decoder", False) or not any(name in known for name in architectures):
         listed = ", ".join(architectures) or "none named"
@@ -181,9 +213,9 @@ def _read_weights(
         raise BaseModelError(
             f"not enough memory on {device} to load '{options.model}'; choose a smaller model", param="model"
         ) from error
-    except (MemoryError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _WEIGHT_FAULTS as error:
         raise BaseModelError(
-            f"cannot load the weights of '{options.model}': {_first_line(error)}", param="model"
+            f"cannot load the weights of '{options.model}': {reason(error)}", param="model"
         ) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -224,10 +256,6 @@ def _swap_linears(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tuple
             f"{type(model).__name__} has no linear layers an adapter could target", param="model"
         )
     return shapes
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cast_remaining(model: PreTrainedModel, dtype: torch.dtype) -> None:
