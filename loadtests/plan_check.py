@@ -209,12 +209,29 @@ def _resident_peak(train: Callable[[], None]) -> int | None:
     """Growth of the process's resident memory at its highest; None where Linux does not tell."""
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far, which loading set
-    except OSError:
+        reset_resident_peak()
+    except BenchError:
         return None
-    before = _status("VmRSS")
+    before = resident_now()
     train()
-    return _status("VmHWM") - before
+    return resident_peak_since() - before
+
+
+def reset_resident_peak() -> None:
+    """Forget the highest so far, which loading set. Raises BenchError where there is no Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise BenchError(f"resident memory cannot be measured here: {error}") from error
+
+
+def resident_now() -> int:
+    return _status("VmRSS")
+
+
+def resident_peak_since() -> int:
+    """Since `reset_resident_peak`."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

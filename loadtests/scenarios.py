@@ -28,6 +28,8 @@ MORE_TIME, MORE_MEMORY = "time for the adapters", "memory for the adapters"
 PEFT_LOAD = "PEFT load_adapter"
 UNCACHED, CACHED = "first token, prompt computed", "first token, shared prefix in the cache"
 BESIDE_PROMPTS = "beside long prompts"
+BESIDE_JOB, HALF_LOAD, IDLE = "beside streams", "at half load", "while idle"
+DEFAULT_BUDGET, LARGE_BUDGET = "default budget", "budget 100 ms"
 PLAIN, LOGPROBS, SCHEMA, N_4 = "plain", "logprobs: 5", "json_schema", "n: 4"
 
 
@@ -200,6 +202,20 @@ SCENARIOS = {
             new_tokens=8,
             own_server=True,
             goals=(Goal(UNCACHED, 5, over=CACHED),),
+        ),
+        Scenario(
+            "training-beside",
+            "a fine-tuning job beside streams: tokens it trains on a second, and the p99 gap of 4 streams with and without",
+            streams=4,
+            prompt_tokens=32,
+            new_tokens=128,
+            own_server=True,
+            goals=(
+                Goal(
+                    f"{DEFAULT_BUDGET}: trained {HALF_LOAD}", 0.76, over=f"{DEFAULT_BUDGET}: trained {IDLE}"
+                ),
+                Goal(f"{LARGE_BUDGET}: trained {HALF_LOAD}", 0.76, over=f"{LARGE_BUDGET}: trained {IDLE}"),
+            ),
         ),
         Scenario(
             "long-prompts-beside",

@@ -13,6 +13,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,8 +143,9 @@ Kernel = DenseKernel | FusedPart
 class ResidentLinear(torch.nn.Linear):
     """A linear that stays in 16 or 32 bit (the output head, or every linear with quantization off).
 
-    Shares the weight parameter of the layer it replaces, tied or not. Without autograd it multiplies with the `kernel`
-    derived from that weight; with autograd it is an ordinary linear.
+    Shares the weight parameter of the layer it replaces, tied or not. It multiplies with the `kernel` derived from that
+    weight; the backward pass gives the input's gradient only, unless the weight is to be trained: then it is an ordinary
+    linear.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
@@ -156,5 +158,26 @@ class ResidentLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
-            return F.linear(input, self.weight, self.bias)
-        return self.kernel(input)
+            if self.weight.requires_grad:
+                return F.linear(input, self.weight, self.bias)
+            if input.requires_grad:
+                out: torch.Tensor = _FrozenMatMul.apply(input, self)  # type: ignore[no-untyped-call]
+                return out
+        with torch.no_grad():
+            return self.kernel(input)
+
+
+class _FrozenMatMul(torch.autograd.Function):
+    """`x @ W.T + b` by the kernel; W gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: ResidentLinear) -> torch.Tensor:
+        ctx.layer = layer
+        y = layer.kernel(x)
+        # autograd must own what a caller may change in place
+        return y.clone() if isinstance(layer.kernel, FusedPart) else y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.layer.weight, None

@@ -7,36 +7,29 @@ weight is read. Knows nothing of memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.export.skeleton import empty_model
+from loramux_adapters.model_config import faults_said
 from loramux_adapters.planning.shape import ModelShape
 from loramux_adapters.training.context import context_length
 from loramux_adapters.training.memory import DecoderShape
-
-_CONFIG_FAULTS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
-    StrictDataclassError,
-)
 
 
 def read_model(source: str, name: str, *, revision: str | None = None) -> ModelShape:
     """Raises BaseModelError, in one sentence, for what has no config, is no decoder or cannot be served."""
     _check_location(source)
-    with _faults_said(source):
+    with faults_said(f"cannot use the config of '{source}'"):
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     architecture = _decoder(config, source)
     _check_quantization(config, source)
-    with _faults_said(source):
+    with faults_said(f"cannot use the config of '{source}'"):
         return _shape(config, name, architecture)
 
 
@@ -68,16 +61,6 @@ def _check_location(source: str) -> None:
         raise BaseModelError(f"{source} is a file; name the model's directory", param="model")
     if not directory.exists() and (source.startswith(("/", ".", "~")) or source.count("/") > 1):
         raise BaseModelError(f"{source} does not exist", param="model")
-
-
-@contextmanager
-def _faults_said(source: str) -> Iterator[None]:
-    """A config is a stranger's file, and modeling code computes with its values before it judges them."""
-    try:
-        yield
-    except _CONFIG_FAULTS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BaseModelError(f"cannot use the config of '{source}': {reason}", param="model") from error
 
 
 def _decoder(config: Any, source: str) -> str:

@@ -95,9 +95,9 @@ def method_memory(
 ) -> MethodMemory:
     """With `item` bytes a number of the compute type."""
     if method == "full":
-        return _full(model, options, item)
+        return _full(model, options, device, item)
     quantization: Quantization = "nf4" if method == "qlora" else "none"
-    beside = _pass(model, options, _targets(model, options.target_modules, options.r), item)
+    beside = _pass(model, options, _targets(model, options.target_modules, options.r), device, item)
     return MethodMemory(
         trainable=trainable_parameters(model, options.target_modules, options.r),
         weights=weight_bytes(model, item, device, quantization),
@@ -110,9 +110,9 @@ def method_memory(
     )
 
 
-def _full(model: ModelShape, options: TrainingOptions, item: int) -> MethodMemory:
+def _full(model: ModelShape, options: TrainingOptions, device: Device, item: int) -> MethodMemory:
     """Always AdamW. A CPU's reordered copies are of no use to weights that change: they are not counted."""
-    beside = _pass(model, options, [], item)
+    beside = _pass(model, options, [], device, item)
     state = _ADAM_STATES + (_MASTER if item < _MASTER else 0)
     return MethodMemory(
         trainable=model.parameters,
@@ -127,7 +127,11 @@ def _full(model: ModelShape, options: TrainingOptions, item: int) -> MethodMemor
 
 
 def _pass(
-    model: ModelShape, options: TrainingOptions, targets: list[tuple[int, int]], item: int
+    model: ModelShape,
+    options: TrainingOptions,
+    targets: list[tuple[int, int]],
+    device: Device,
+    item: int,
 ) -> TrainingMemory:
     return training_memory(
         model.decoder,
@@ -137,6 +141,8 @@ def _pass(
         dtype_bytes=item,
         optimizer=options.optimizer,
         dropout=options.lora_dropout > 0,
+        longest=options.max_seq_length,
+        device=device,
     )
 
 

@@ -1,14 +1,14 @@
 """Attention of a training batch, whose samples lie end to end in one row: each attends to itself alone.
 
 An attention function that transformers' own modeling code calls. There is no padding and no mask over the whole row:
-every sample is a causal product of its own, so one cannot see another. Grouped-query heads, sliding windows and score
-capping are honoured; any other argument an architecture passes is refused by name. Differentiable.
+every sample is a causal product of its own, so one cannot see another. A row comes in pieces (`pieces.py`); part of a cut
+sample also attends to the parts before it. Grouped-query heads, sliding windows and score capping are honoured; any
+other argument an architecture passes is refused by name. Differentiable.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from loramux_adapters.errors import BaseModelError
+from loramux_adapters.training.pieces import Piece
 
 NAME = "loramux_training"
-
-Segment = tuple[int, int]  # first position in the row, length
 
 # Arguments that change nothing here: positions are in the rotary embedding, dropout is 0 in evaluation mode.
 _HARMLESS = frozenset(
@@ -37,7 +36,7 @@ def segmented_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    segments: Sequence[Segment],
+    piece: Piece,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -52,8 +51,10 @@ def segmented_attention(
         )
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     parts = []
-    for start, length in segments:
+    for start, length in piece.segments:
         q, k, v = (tensor[:, :, start : start + length] for tensor in (query, key, value))
+        if piece.carried is not None:
+            k, v = piece.carried.extend(k, v)
         parts.append(_attend(q, k, v, scale, sliding_window, softcap))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
@@ -61,14 +62,14 @@ def segmented_attention(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None, softcap: float | None
 ) -> torch.Tensor:
-    """One sample with itself, `[1, heads, t, d]`."""
-    length = q.shape[2]
+    """The last positions of one sample, `[1, heads, t, d]`, with all of it so far."""
+    length = k.shape[2]
     windowed = window is not None and length > window
     repeats = q.shape[1] // k.shape[1]
-    if softcap is None and not windowed:
+    if softcap is None and not windowed and q.shape[2] == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeats > 1)
     positions = torch.arange(length, device=q.device)
-    distance = positions[:, None] - positions[None, :]
+    distance = positions[length - q.shape[2] :, None] - positions[None, :]
     seen = distance >= 0
     if window is not None:
         seen &= distance < window

@@ -52,8 +52,13 @@ class TrainingInputs:
             tokens = max(tokens, sum(heapq.nlargest(self.recipe.batch_size, held_out)))
         return tokens
 
-    def memory(self, config: Any, geometry: BaseGeometry, dtype_bytes: int) -> TrainingMemory:
-        """What the run needs beside a base of this text config that computes in this type."""
+    @property
+    def longest_sample(self) -> int:
+        sets = [self.data] if self.validation is None else [self.data, self.validation]
+        return max(len(sample) for data in sets for sample in data.samples)
+
+    def memory(self, config: Any, geometry: BaseGeometry, dtype_bytes: int, device: str) -> TrainingMemory:
+        """What the run needs beside a base of this text config that computes in this type on a torch device type."""
         return training_memory(
             DecoderShape.of(config),
             [geometry.linear_shapes[name] for name in self.spec.targets(geometry)],
@@ -62,6 +67,8 @@ class TrainingInputs:
             dtype_bytes=dtype_bytes,
             optimizer=self.recipe.optimizer,
             dropout=self.recipe.lora_dropout > 0,
+            longest=self.longest_sample,
+            device=device,
         )
 
 

@@ -9,7 +9,6 @@ or refused the architecture. Assumes that how a layer is called does not depend 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,10 @@ from transformers import PreTrainedModel
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.training import attention
-from loramux_adapters.training.attention import Segment
+from loramux_adapters.training.memory import DecoderShape, piece_tokens
+from loramux_adapters.training.pieces import Piece, Segment
 
+_ONE = Piece(0, 1, ((0, 1),))
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative, over logits of a short prompt
 
 
@@ -70,7 +71,9 @@ class LayerStack:
                 param="dtype",
             )
         self.layers = list(layers)
-        self.vocabulary: int = twin.config.get_text_config().vocab_size
+        shape = DecoderShape.of(twin.config.get_text_config())
+        self.vocabulary = shape.vocabulary
+        self.piece_tokens = piece_tokens(shape, twin.device.type)
         self.dtype = twin.dtype
         self.device = twin.device
         expected = _plain(twin)
@@ -81,13 +84,11 @@ class LayerStack:
         decoder.layers = nn.ModuleList(self._stand_ins)
         self._check(expected)
 
-    def start(self, ids: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, list[Call]]:
-        """The embedded row `[1, T, hidden]` of token ids `[T]`, and how each layer is called for it."""
-        positions = torch.cat([torch.arange(length, device=self.device) for _, length in segments])
+    def start(self, ids: torch.Tensor, piece: Piece) -> tuple[torch.Tensor, list[Call]]:
+        """A piece `[1, T, hidden]` of token ids `[T]`, embedded, and how each layer is called for it."""
+        positions = piece.positions(self.device)
         with torch.no_grad():
-            self._decoder(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, segments=tuple(segments)
-            )
+            self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, piece=piece)
         hidden = self._stand_ins[0].hidden
         calls = [stand_in.call for stand_in in self._stand_ins if stand_in.call is not None]
         self._forget()
@@ -109,11 +110,11 @@ class LayerStack:
         last.given = hidden[None]
         try:
             token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-            output = self._model(input_ids=token, use_cache=False, segments=((0, 1),))
+            output = self._model(input_ids=token, use_cache=False, piece=_ONE)
         finally:
             last.given = None
             self._forget()
-        logits: torch.Tensor = output.logits[0]
+        logits: torch.Tensor = output.logits.squeeze(0)  # not [0], whose backward pass makes a copy
         return logits
 
     def _forget(self) -> None:
@@ -124,7 +125,7 @@ class LayerStack:
     def _check(self, plain: list[torch.Tensor]) -> None:
         """Two samples in one row through the stack against each alone through the plain model."""
         ids, segments = _probe(self._model)
-        hidden, calls = self.start(ids.to(self.device), segments)
+        hidden, calls = self.start(ids.to(self.device), Piece(0, len(ids), segments))
         for index, call in enumerate(calls):
             hidden = self.layer(index, hidden, call)
         ours, theirs = self.logits(hidden[0]).float(), torch.cat(plain).float()

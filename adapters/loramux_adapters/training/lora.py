@@ -27,15 +27,17 @@ def generator_for(device: torch.device, *key: object) -> torch.Generator:
 
 
 class DropoutMoment:
-    """Which micro-batch is computed; the same moment gives the same masks, in a forward pass and when it is repeated."""
+    """Which piece of which micro-batch is computed; the same moment gives the same masks, in a forward pass and when it
+    is repeated."""
 
     def __init__(self, seed: int, probability: float) -> None:
         self.probability = probability
         self._seed = seed
-        self._now: tuple[int, int] | None = None
+        self._now: tuple[int, int, int] | None = None
 
-    def enter(self, step: int, micro: int) -> None:
-        self._now = (step, micro)
+    def enter(self, step: int, micro: int, start: int = 0) -> None:
+        """`start` is the piece's first position in its row."""
+        self._now = (step, micro, start)
 
     def leave(self) -> None:
         """Validation drops nothing."""

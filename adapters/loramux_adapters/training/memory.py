@@ -3,24 +3,29 @@
     training_memory(DecoderShape.of(config), shapes_of_the_trained_linears, r=16, tokens=2048, dtype_bytes=2)
 
 Follows what `trainer.py` keeps alive: fp32 factors with their gradients and optimizer state; each layer's input; the
-activations of one layer, or the logits of one chunk. Promises figures for decoders of attention and a (gated) MLP;
-counts no base, no KV cache and no CUDA context. `check_memory` refuses a run that cannot fit, with the figures.
+activations of a piece in one layer, or the logits of one chunk. Says how long pieces and chunks are. Promises figures
+for decoders of attention and a (gated) MLP; counts no base, no KV cache and no CUDA context. `check_memory` refuses a run
+that cannot fit, with the figures.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from loramux_adapters.errors import TrainingError
+from loramux_adapters.host_memory import available_bytes
 
-LOGITS_PER_CHUNK = 2**25  # elements: 128 MiB in fp32
 MIB = 2**20
 
-_CGROUP = Path("/sys/fs/cgroup")
+# What is computed at once, by device: a slice beside serving should take a few milliseconds, and its products be wide
+# enough for the device. Tokens times weights of a layer, and elements of a chunk of logits.
+_PIECE_WORK = {"cpu": 2**29, "cuda": 2**37}
+_PIECE_TOKENS = {"cpu": (64, 2048), "cuda": (256, 8192)}  # at least, at most
+_LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**25}
+_LOGITS_ROWS = 32  # at least: each chunk reads the whole head
+
 _FP32 = 4
 # Bytes a parameter of optimizer state on the device. The 8-bit ones keep two bytes and two scales per 256 of them;
 # the paged one's are managed memory, which CUDA moves to the host when the device is short of it.
@@ -55,6 +60,23 @@ class DecoderShape:
             kv_width=kv_heads * size,
         )
 
+    @property
+    def layer_parameters(self) -> int:
+        """Of the linears of one layer with a gated MLP."""
+        attention = 2 * self.hidden * (self.query_width + self.kv_width)
+        return attention + 3 * self.hidden * self.intermediate
+
+
+def piece_tokens(shape: DecoderShape, device: str) -> int:
+    """How many tokens go through a layer at once on a torch device type."""
+    least, most = _PIECE_TOKENS[device]
+    return max(least, min(most, _PIECE_WORK[device] // shape.layer_parameters // 32 * 32))
+
+
+def loss_rows(vocabulary: int, device: str) -> int:
+    """Of how many tokens the logits are computed at once."""
+    return max(_LOGITS_ROWS, _LOGITS_PER_CHUNK[device] // vocabulary)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
@@ -63,8 +85,8 @@ class TrainingMemory:
     adapter: int  # fp32 factors
     gradients: int
     optimizer: int
-    layer_inputs: int
-    layer_activations: int  # of one layer, its backward pass included
+    layer_inputs: int  # and keys and values of samples that are longer than a piece
+    layer_activations: int  # of a piece in one layer, its backward pass included
     logits: int  # of one chunk, the loss and its gradient included
 
     @property
@@ -99,50 +121,61 @@ def training_memory(
     optimizer: str = "adamw",
     dropout: bool = False,
     predicted: int | None = None,
+    longest: int | None = None,
+    device: str = "cuda",
 ) -> TrainingMemory:
     """`targets` are the (out_features, in_features) of every trained linear of every layer; `tokens` is how many a
-    batch holds at most (batch_size times max_seq_length), `predicted` how many of these are trained on (all).
+    batch holds at most (batch_size times max_seq_length), `predicted` how many of these are trained on (all), `longest`
+    the tokens of the longest sample (all). `device` is a torch device type.
     """
     linears = list(targets)
     parameters = adapter_parameters(linears, r)
-    chunk = min(tokens if predicted is None else predicted, max(16, LOGITS_PER_CHUNK // shape.vocabulary))
+    chunk = min(tokens if predicted is None else predicted, loss_rows(shape.vocabulary, device))
+    longest = tokens if longest is None else longest
+    limit = piece_tokens(shape, device)
+    piece = min(tokens, _piece(longest, limit))
+    # One more is the last layer's output, and one the gradient that travels back.
+    kept = (shape.layers + 2) * tokens * shape.hidden
+    if longest > limit:
+        kept += shape.layers * tokens * 2 * shape.kv_width
+    activations = piece * _token_bytes(shape, linears, r, dtype_bytes, dropout=dropout)
     return TrainingMemory(
         adapter=parameters * _FP32,
         gradients=parameters * _FP32,
         optimizer=int(parameters * _STATE_BYTES[optimizer]),
-        # One more is the last layer's output, and one the gradient that travels back.
-        layer_inputs=(shape.layers + 2) * tokens * shape.hidden * dtype_bytes,
-        layer_activations=_layer_bytes(shape, linears, r, tokens, dtype_bytes, dropout=dropout),
-        # log-softmax, and the gradients before and behind it
-        logits=3 * _FP32 * chunk * shape.vocabulary,
+        layer_inputs=kept * dtype_bytes,
+        layer_activations=activations
+        + _dense_bytes(shape, linears, dtype_bytes, held=piece < tokens and device == "cpu"),
+        # themselves, the fp32 copy that becomes the gradient, and the gradient
+        logits=chunk * shape.vocabulary * (_FP32 + dtype_bytes + (dtype_bytes if dtype_bytes < _FP32 else 0)),
     )
 
 
-def _layer_bytes(
-    shape: DecoderShape,
-    linears: list[tuple[int, int]],
-    r: int,
-    tokens: int,
-    dtype_bytes: int,
-    *,
-    dropout: bool,
+def _piece(longest: int, limit: int) -> int:
+    """Tokens of a piece where all samples are as long as the longest: some of them, or an even part of one."""
+    return limit // longest * longest if longest <= limit else -(-longest // -(-longest // limit))
+
+
+def _token_bytes(
+    shape: DecoderShape, linears: list[tuple[int, int]], r: int, dtype_bytes: int, *, dropout: bool
 ) -> int:
-    """Of one layer that is run with gradients: what autograd keeps, and the widest moment of going back."""
+    """Of one token in a layer that is run with gradients: what autograd keeps, and the widest moment of going back."""
     hidden, inner = shape.hidden, shape.intermediate
-    per_token = 3 * shape.query_width + 2 * shape.kv_width  # queries, keys, values, and the answers, twice
-    per_token += 5 * hidden  # both norms, the sum between the halves, and what the halves add
-    per_token += 4 * inner  # gate, up, the activation and their product
-    per_layer = len(linears) / shape.layers
-    per_token += round(per_layer * r)
-    per_token += 3 * inner  # on the way back: the gradients of the MLP's parts
+    kept = 3 * shape.query_width + 2 * shape.kv_width  # queries, keys, values, and the answers, twice
+    kept += 4 * hidden  # both norms, the sum between the halves, and the output
+    kept += 4 * inner  # gate, up, the activation and their product
+    kept += round(len(linears) / shape.layers * r)
+    kept += 2 * inner  # on the way back: the gradients of the product's two sides
     if dropout:  # a mask and a masked input for every adapted linear
-        per_token += round(2 * sum(in_features for _, in_features in linears) / shape.layers)
-    kept = tokens * per_token * dtype_bytes
-    if dtype_bytes < _FP32:  # norms compute in fp32
-        kept += 2 * tokens * hidden * _FP32
-    # The weight that a gradient passes through is dequantized for it.
-    weight = max((out * into for out, into in linears), default=0) * dtype_bytes
-    return kept + weight
+        kept += round(2 * sum(in_features for _, in_features in linears) / shape.layers)
+    norms = hidden * _FP32 if dtype_bytes < _FP32 else 0  # computed in fp32
+    return kept * dtype_bytes + norms
+
+
+def _dense_bytes(shape: DecoderShape, linears: list[tuple[int, int]], dtype_bytes: int, *, held: bool) -> int:
+    """Of the weights that gradients pass through, dequantized: one at a time, or all of a layer for all its pieces."""
+    sizes = [out * into for out, into in linears]
+    return (sum(sizes) // shape.layers if held else max(sizes, default=0)) * dtype_bytes
 
 
 def check_memory(needed: TrainingMemory, free: float, where: str) -> None:
@@ -164,17 +197,4 @@ def free_memory(device: Any) -> float:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return min(int(psutil.virtual_memory().available), _container_free())
-
-
-def _container_free() -> float:
-    """What a control group with a limit, such as a container, has left; infinite without one."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return math.inf
-    return math.inf if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
+    return available_bytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +71,13 @@ class _Fault(Exception):
 def read_rows(path: Path, *, param: str = "training_file") -> RowFile:
     """Read and check a whole file. Raises TrainingError with up to 20 faults; `param` is what the caller calls it."""
     rows: list[Row] = []
+    sha256 = check_rows(path, rows.append, param=param)
+    return RowFile(path.name, sha256, rows)
+
+
+def check_rows(path: Path, keep: Callable[[Row], object], *, param: str = "training_file") -> str:
+    """Check a whole file of any size, a row at a time; `keep` is given each. Returns the sha256. Raises as `read_rows`."""
+    found = wrong = 0
     faults: list[str] = []
     digest = hashlib.sha256()
     kind = ""
@@ -83,20 +90,24 @@ def read_rows(path: Path, *, param: str = "training_file") -> RowFile:
                         f'key "{row_kind}": the lines above have "{kind}"; a file holds one kind of row'
                     )
                 kind = row_kind
-                rows.append(row)
+                found += 1
+                keep(row)
             except _Fault as fault:
-                faults.append(f"Line {number}, {fault}")
+                wrong += 1
+                if wrong <= MAX_FAULTS:
+                    faults.append(f"Line {number}, {fault}")
     except OSError as error:
         raise TrainingError(f"{path.name} cannot be read: {error.strerror or error}", param=param) from error
     if faults:
-        listed = "; ".join(faults[:MAX_FAULTS])
-        more = f"; and {len(faults) - MAX_FAULTS} more lines" if len(faults) > MAX_FAULTS else ""
+        more = f"; and {wrong - MAX_FAULTS} more lines" if wrong > MAX_FAULTS else ""
         raise TrainingError(
-            f"Invalid file format of {path.name}. {listed}{more}", param=param, code="invalid_training_file"
+            f"Invalid file format of {path.name}. {'; '.join(faults)}{more}",
+            param=param,
+            code="invalid_training_file",
         )
-    if not rows:
+    if not found:
         raise TrainingError(f"{path.name} has no rows", param=param, code="invalid_training_file")
-    return RowFile(path.name, digest.hexdigest(), rows)
+    return digest.hexdigest()
 
 
 def _lines(path: Path, digest: Any) -> Iterator[tuple[int, bytes]]:

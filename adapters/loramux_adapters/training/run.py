@@ -10,11 +10,11 @@ complete. Not thread-safe: whoever owns the device drives it; with a `writer` on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -29,6 +29,7 @@ from loramux_adapters.training.checkpoints import (
 )
 from loramux_adapters.training.context import context_length
 from loramux_adapters.training.diagnoses import Diagnosis, diagnose
+from loramux_adapters.training.elsewhere import elsewhere
 from loramux_adapters.training.inputs import TrainingInputs, read_inputs
 from loramux_adapters.training.layerwise import LayerStack
 from loramux_adapters.training.layout import CHECKPOINTS, MANIFEST_FILE
@@ -37,11 +38,10 @@ from loramux_adapters.training.manifest import manifest_of
 from loramux_adapters.training.memory import check_memory, free_memory
 from loramux_adapters.training.optimizers import restore_state, state_of
 from loramux_adapters.training.recipe import Recipe, TrainingBase
-from loramux_adapters.training.trainer import StepReport, Trainer
+from loramux_adapters.training.samples import Sample
+from loramux_adapters.training.trainer import Score, StepReport, Trainer
 from loramux_adapters.twin import twin_of
 from loramux_adapters.weights import LoraWeights
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,9 @@ class TrainingRun:
         `reserved` bytes of the memory that is free are not training's. Raises TrainingError or BaseModelError.
         """
         check_output(out, resume=resume)
-        needed = inputs.memory(model.config.get_text_config(), geometry, model.dtype.itemsize)
-        check_memory(needed, free_memory(model.device) - reserved, memory_name)
+        config, device = model.config.get_text_config(), model.device.type
+        needed = inputs.memory(config, geometry, model.dtype.itemsize, device)
+        check_memory(needed, max(0.0, free_memory(model.device) - reserved), memory_name)
         twin = twin_of(model)
         yield None
         seed, dropout = inputs.recipe.seed, inputs.recipe.lora_dropout
@@ -160,16 +161,20 @@ class TrainingRun:
         return run
 
     @property
+    def upcoming(self) -> str:
+        """The kind of the next slice; those of a kind take about as long."""
+        return self._trainer.upcoming
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self._trainer.step
 
     def chosen(self, field: str) -> object:
-        """What "auto" became."""
-        return {"learning_rate_multiplier": 1.0, **self.recipe.to_json()}[field]
+        return {"learning_rate_multiplier": 1.0, **self.recipe.to_json()}[field]  # what "auto" became
 
     def plan(self) -> dict[str, Any]:
-        """What would be trained, for showing before it is."""
+        """For showing before it is trained."""
         return {
             "recipe": self.recipe.to_json(),
             "auto": self.why,
@@ -199,6 +204,9 @@ class TrainingRun:
                 yield (yield from self.saving(writer))
         weights = self.adapter.weights()
         return (yield from elsewhere(writer, lambda: self._finish(weights)))
+
+    def evaluate(self, samples: Sequence[Sample]) -> Generator[None, None, Score]:
+        return self._trainer.evaluate(samples)  # any, between steps
 
     def save(self) -> CheckpointReport:
         """A checkpoint of the last whole step; at any stop. What the step under way has computed is not in it."""
@@ -283,13 +291,3 @@ def training_base(model: PreTrainedModel, geometry: BaseGeometry) -> TrainingBas
     """What `read_inputs` must know of a base."""
     config = model.config.get_text_config()
     return TrainingBase(geometry, config.hidden_size, context_length(config), model.device.type)
-
-
-def elsewhere(writer: Executor | None, work: Callable[[], _T]) -> Generator[Future[Any], None, _T]:
-    """What `work` returns: computed here, or by the writer while the caller is told to do something else."""
-    if writer is None:
-        return work()
-    working = writer.submit(work)
-    while not working.done():
-        yield working
-    return working.result()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from loramux_adapters.errors import ConfigError
+from loramux_adapters.host_memory import available_bytes
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine.options import WorkerOptions
-from loramux_server.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
 

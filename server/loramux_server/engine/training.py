@@ -106,10 +106,12 @@ class Training:
 
     def _may_go_on(self) -> bool:
         assert self._job is not None
-        return self._job.stop is not None or self._budget.allows()
+        return self._job.stop is not None or self._budget.allows(self._job.upcoming)
 
     def _slice(self, decoding: bool) -> TrainingEvent | None:
         assert self._slices is not None
+        assert self._job is not None
+        kind = self._job.upcoming
         began = self._clock()
         try:
             moment = next(self._slices)
@@ -124,7 +126,7 @@ class Training:
         self._pace.settle(lagging=not decoding)
         took = self._clock() - began
         self._busy += took
-        self._budget.trained(took, decoding=decoding)
+        self._budget.trained(kind, took, decoding=decoding)
         if moment is not None:
             self._note_times(moment)
         return moment

@@ -21,6 +21,7 @@ import torch
 from loramux_adapters.adapter_files import CONFIG_FILE
 from loramux_adapters.errors import AdapterUnavailable, LoramuxError, TrainingError
 from loramux_adapters.training.diagnoses import Diagnosis
+from loramux_adapters.training.elsewhere import elsewhere
 from loramux_adapters.training.inputs import TrainingInputs
 from loramux_adapters.training.layout import MANIFEST_FILE
 from loramux_adapters.training.recipe import Recipe
@@ -29,7 +30,6 @@ from loramux_adapters.training.run import (
     EvalReport,
     Event,
     TrainingRun,
-    elsewhere,
     training_base,
 )
 from loramux_adapters.weights import LoraWeights
@@ -50,9 +50,9 @@ from loramux_server.engine.reading import ReadRequest, TokenizerSource
 
 logger = logging.getLogger(__name__)
 
-# Of a GPU's free memory, left to what engine steps allocate for activations and logits.
+# Of free memory, left to what engine steps allocate for activations and logits.
 _RESERVED = 512 * 2**20
-_MEMORY = "GPU memory (less --kv-cache-memory or --gpu-memory-utilization for serving leaves more)"
+_GPU_MEMORY = "GPU memory (less --kv-cache-memory or --gpu-memory-utilization for serving leaves more)"
 
 
 class Pending(Protocol):
@@ -90,6 +90,11 @@ class TrainingJob:
         self._read = read
         self._writer = writer
         self._run: TrainingRun | None = None
+
+    @property
+    def upcoming(self) -> str:
+        """The kind of the next slice."""
+        return "preparing" if self._run is None else self._run.upcoming
 
     def slices(self) -> Generator[Moment, None, TrainingEnded]:
         """Never raises, but for errors of an accelerator."""
@@ -134,8 +139,8 @@ class TrainingJob:
             initial=initial,
             resume=True,
             writer=writer,
-            reserved=_RESERVED if base.device.type == "cuda" else 0,
-            memory_name=_MEMORY if base.device.type == "cuda" else "memory",
+            reserved=_RESERVED,
+            memory_name=_GPU_MEMORY if base.device.type == "cuda" else "host memory",
         )
         yield TrainingPrepared(self.id, run.plan(), run.recipe.total_steps, run.step)
         slices = run.slices(writer)

@@ -46,7 +46,8 @@ def test_full_fine_tuning_takes_sixteen_bytes_a_parameter(llama: ModelShape) -> 
 def test_the_lora_columns_are_the_trainers_own_figures(llama: ModelShape) -> None:
     made = plan(llama, r=8, batch_size=2, max_seq_length=1024, optimizer="adamw_8bit", lora_dropout=0.1)
     own = training_memory(
-        llama.decoder, llama.linears.values(), r=8, tokens=2048, dtype_bytes=2, optimizer="adamw_8bit", dropout=True
+        llama.decoder, llama.linears.values(), r=8, tokens=2048, dtype_bytes=2, optimizer="adamw_8bit", dropout=True,
+        longest=1024, device="cuda",
     )  # fmt: skip
     for method in ("lora", "qlora"):
         memory = made.methods[method]

@@ -149,7 +149,7 @@ LLAMA = json.loads((MODELS / "llama-2-7b" / "config.json").read_text())
         (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with gptq"),
         (LLAMA | {"num_attention_heads": 0}, "cannot use the config"),
         (LLAMA | {"hidden_size": "wide"}, "cannot use the config"),
-        (LLAMA | {"hidden_size": -4096}, "cannot use the config"),
+        (LLAMA | {"hidden_size": -4096}, "negative dimension"),
         (LLAMA | {"vocab_size": None}, "cannot use the config"),
     ],
 )

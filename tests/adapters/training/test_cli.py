@@ -112,14 +112,14 @@ def test_ctrl_c_leaves_a_checkpoint(
 ) -> None:
     from loramux_adapters import cli_train
 
-    show, out = cli_train._Display.show, tmp_path / "out"
+    show, out = cli_train.Display.show, tmp_path / "out"
 
     def interrupted(self: Any, event: object) -> None:
         show(self, event)
         if event is not None and getattr(event, "step", 0) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(cli_train._Display, "show", interrupted)
+    monkeypatch.setattr(cli_train.Display, "show", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     arguments = ["--data", str(data), "--out", str(out), "--max-steps", "6", "--batch-size", "2"]
     result = train(base, *arguments)

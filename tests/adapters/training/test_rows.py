@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.training import rows
-from loramux_adapters.training.rows import ChatRow, CompletionRow, TextRow, read_rows
+from loramux_adapters.training.rows import ChatRow, CompletionRow, TextRow, check_rows, read_rows
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "ho"}
@@ -96,6 +97,17 @@ def test_faults_name_line_message_and_key(tmp_path: Path, line: Any, words: str)
 def test_many_faults_are_bounded(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="Line 1, .* and 5 more lines"):
         read_rows(write(tmp_path / "data.jsonl", *[{}] * 25))
+
+
+def test_a_file_is_checked_without_being_held(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", *({"text": "x" * 4000} for _ in range(1000)))
+    tracemalloc.start()
+    try:
+        sha256 = check_rows(path, lambda row: None)
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 8
+    finally:
+        tracemalloc.stop()
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest() == read_rows(path).sha256
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from loramux_adapters.errors import StorageError, TrainingError
 from loramux_adapters.nf4 import NF4Linear
 from loramux_adapters.training.checkpoints import OPTIMIZER_FILE
 from loramux_adapters.training.diagnoses import Diagnosis
+from loramux_adapters.training.pieces import Piece
 from loramux_adapters.training.recipe import Recipe, learning_rate_factor
 from loramux_adapters.training.run import CheckpointReport, EvalReport, TrainingResult, TrainingRun
 from loramux_adapters.training.trainer import StepReport
@@ -104,7 +105,7 @@ def test_a_run_gives_what_peft_loads(base: ResidentBase, data: Path, tmp_path: P
     ids = torch.arange(1, 30)[None]
     with pytest.warns(UserWarning, match="loramux_base_identity"):
         theirs: Any = PeftModel.from_pretrained(dense_model(tiny_model("llama"), base), tmp_path / "out")
-    row, calls = run._trainer._stack.start(ids[0], [(0, 29)])
+    row, calls = run._trainer._stack.start(ids[0], Piece(0, 29, ((0, 29),)))
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits[0]
         plain = base.model(input_ids=ids).logits[0]
