@@ -32,7 +32,7 @@ from loadtests.report import Figure, Result, print_result, save, usable_cores, w
 from loadtests.scenarios import HELP, OURS, OURS_BASE, READY, SCENARIOS, Scenario
 from loadtests.server import LORAMUX, ServerProcess, base_name
 
-_PLAIN_WIDTH = 120  # of a table that goes into a file
+PLAIN_WIDTH = 120  # of a table that goes into a file
 
 
 class Bench:
@@ -80,7 +80,11 @@ class Bench:
             turns = play(contestants, self.options.rounds)
             tolerance = TOLERANCES[about["dtype"]]
             figures = [
-                figure_of(one, turns[one.name], check_answers(process, one.answers(), tolerance, one.repeats))
+                figure_of(
+                    one,
+                    turns[one.name],
+                    check_answers(process, one.answers(), tolerance, one.repeats, one.without),
+                )
                 for one in contestants
             ]
         settings = {
@@ -162,7 +166,12 @@ def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m loadtests.bench", description="Run benchmark scenarios.")
+    return options_parser("python -m loadtests.bench", "Run benchmark scenarios.").parse_args(arguments)
+
+
+def options_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The options that benchmarks share."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="default: all; see --list")
     parser.add_argument("--list", action="store_true", help="say what the scenarios are")
     parser.add_argument("--url", help="a running server; default: start one and stop it")
@@ -177,7 +186,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     parser.add_argument("--save", action="store_true", help="write each result to loadtests/results/")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -214,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{scenario.name:16}{scenario.summary}")
         return 0
     try:
-        results = run(options, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
+        results = run(options, Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH))
     except (BenchError, subprocess.CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

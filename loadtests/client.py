@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -96,35 +96,37 @@ def run_load(
     *,
     token_names: bool = False,
     extra: Mapping[str, Any] | None = None,
+    own: Callable[[Request], Mapping[str, Any]] | None = None,
 ) -> Load:
     """Submit every request at once and wait for all.
 
-    `token_names` asks for each token's name, which costs time; `extra` are more fields of every body. With `n` in them a
-    stream carries so many answers. Rounds repeat their prompts, so nothing comes from the server's prefix cache unless
-    `extra` has a `cache_salt`.
+    `token_names` asks for each token's name, which costs time; `extra` are more fields of every body, and `own` those of
+    each (servers other than ours need them). With `n` in `extra` a stream carries so many answers. Rounds repeat their
+    prompts, so nothing comes from the server's prefix cache unless `extra` has a `cache_salt`.
     """
-    fields = {"logprobs": 0} if token_names else {}
-    return asyncio.run(_run(url, base, requests, {**fields, **(extra or {})}))
+    fields: dict[str, Any] = {"logprobs": 0} if token_names else {}
+    fields |= extra or {}
+    bodies = [body_of(base, request, {**fields, **(own(request) if own else {})}) for request in requests]
+    return asyncio.run(_run(url, requests, bodies, int(fields.get("n", 1))))
 
 
-async def _run(url: str, base: str, requests: Sequence[Request], extra: Mapping[str, Any]) -> Load:
+async def _run(url: str, requests: Sequence[Request], bodies: Sequence[dict[str, Any]], answers: int) -> Load:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT, limits=limits, trust_env=False) as client:
-        bodies = [_body(base, request, extra) for request in requests]
         start, cpu = time.perf_counter(), time.process_time()
         try:
             raw = await asyncio.gather(*(_stream(client, body, start) for body in bodies))
         except httpx.HTTPError as error:
             raise BenchError(f"{url}: {error or type(error).__name__}") from error
         share = (time.process_time() - cpu) / (time.perf_counter() - start)
-    answers = int(extra.get("n", 1))
     streams = [
         _parse(*item, answers * request.new_tokens) for item, request in zip(raw, requests, strict=True)
     ]
     return Load(streams, sum(len(request.prompt) for request in requests), share)
 
 
-def _body(base: str, request: Request, extra: Mapping[str, Any]) -> dict[str, Any]:
+def body_of(base: str, request: Request, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What is posted for a request."""
     return {
         "model": request.adapter or base,
         "prompt": request.prompt,

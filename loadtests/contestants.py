@@ -6,10 +6,10 @@ machine does meanwhile hits all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
-from typing import Protocol
+from typing import Any, Protocol
 
 from loadtests import BenchError
 from loadtests.client import Load, Request, Stream, run_load
@@ -33,6 +33,7 @@ class Turn:
 class Contestant(Protocol):
     name: str
     note: str
+    without: Sequence[int]  # tokens that it never takes
 
     def prepare(self) -> None:
         """Before the timed rounds: load, warm up."""
@@ -62,9 +63,12 @@ class Ours:
     ) -> None:
         self.name = name
         self.note = "over HTTP, streamed"
+        self.without: Sequence[int] = ()
         self._url, self._base, self._figure, self._tokens = url, base, figure, tokens
         self._requests = requests
+        self._own: Callable[[Request], Mapping[str, Any]] | None = None  # fields of a request's body
         self._checked: list[Stream] = []
+        self._texts: list[str] = []
         self._repeated = self._otherwise = 0
 
     @property
@@ -73,11 +77,12 @@ class Ours:
 
     def prepare(self) -> None:
         self._checked = run_load(self._url, self._base, self._requests, token_names=True).streams
+        self._texts = [stream.text for stream in self._checked]
 
     def turn(self) -> Turn:
-        load = run_load(self._url, self._base, self._requests)
+        load = run_load(self._url, self._base, self._requests, own=self._own)
         self._repeated += len(load.streams)
-        self._otherwise += sum(a.text != b.text for a, b in zip(load.streams, self._checked, strict=True))
+        self._otherwise += sum(a.text != b for a, b in zip(load.streams, self._texts, strict=True))
         if self._figure == "decode":
             if load.decode_per_s is None:
                 raise BenchError("no moment at which every stream decoded; ask for more new tokens")
@@ -98,6 +103,7 @@ class Peer:
         kind = PEERS[name]
         self.name = name
         self.note = kind.note
+        self.without: Sequence[int] = ()
         self._process, self._mode, self._figure = process, kind.mode, figure
         self._requests = requests[: kind.subset]
         self._turns: list[list[list[int]]] = []
@@ -122,12 +128,17 @@ class Peer:
 
 
 def check_answers(
-    process: PeerProcess, answers: Sequence[Answer], tolerance: float, repeats: tuple[int, int] = (0, 0)
+    process: PeerProcess,
+    answers: Sequence[Answer],
+    tolerance: float,
+    repeats: tuple[int, int] = (0, 0),
+    without: Sequence[int] = (),
 ) -> Parity:
     """What the reference, which is `process`, says about them."""
     readable = [(request, tokens) for request, tokens in answers if tokens is not None]
     streams = [{"prompt": r.prompt, "adapter": r.adapter, "tokens": tokens} for r, tokens in readable]
-    checks = [StreamCheck(**item) for item in process.call("check", streams=streams)["checks"]]
+    said = process.call("check", streams=streams, without=list(without))
+    checks = [StreamCheck(**item) for item in said["checks"]]
     unread = [None] * (len(answers) - len(readable))
     return summarize([*checks, *unread], tolerance, repeats)
 

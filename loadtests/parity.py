@@ -1,9 +1,9 @@
 """Are the tokens right? Every answer of a round, held against the reference's logits for exactly that answer.
 
-The reference runs one forward pass over prompt + answer, with the same weights in fp32 arithmetic, and says, for each
-token, how far its logit is below the best one. Greedy decoding in 16 bits may take either of two tokens that are nearly
-tied, and differs from there on, so a token counts as right if it is within the tolerance; `identical` streams took the
-reference's best token everywhere.
+The reference runs forward passes over prompt + answer, with the same weights in fp32 arithmetic and in its own dtype's,
+and says, for each token, how far its logit is below the best one, by the nearer of the two. Greedy decoding in 16 bits may
+take either of two tokens that are nearly tied, and differs from there on, so a token counts as right if it is within the
+tolerance; `identical` streams took the fp32 reference's best token everywhere.
 Does not run the reference (peers/peft_peer.py does).
 """
 
@@ -98,6 +98,11 @@ class Tokens:
         for token in range(len(self._tokenizer)):
             name = token_name(pieces, token)
             self._ids[name] = None if name in self._ids else token
+
+    @property
+    def special(self) -> list[int]:
+        """Ids of the special tokens, those that end an answer among them."""
+        return list(self._tokenizer.all_special_ids)
 
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

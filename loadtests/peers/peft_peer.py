@@ -40,7 +40,7 @@ class PeftPeer:
         self.device = pick_device("auto")
         self.dtype = pick_dtype("auto", self.device)
         base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
-        _round_to_nf4(base, self.dtype)
+        round_to_nf4(base, self.dtype)
         base.generation_config.eos_token_id = None  # as ignore_eos: an end token is a token like others
         base.generation_config.pad_token_id = 0
         self._adapters = list(adapters)
@@ -71,21 +71,34 @@ class PeftPeer:
         tokens = [answer for group in groups for answer in self._batch(group)]
         return time.perf_counter() - start, tokens
 
-    def check(self, streams: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def check(self, streams: Sequence[dict[str, Any]], without: Sequence[int] = ()) -> list[dict[str, Any]]:
         """For each `{prompt, adapter, tokens}`: where it leaves the reference's best tokens, and how far.
 
-        The weights stay what they are; the arithmetic is fp32's, so that the reference adds no rounding of its own.
+        The weights stay what they are; the arithmetic is fp32's, so that the reference adds no rounding of its own. There
+        are prompts and adapters that make a model so sensitive that rounding alone moves its logits by whole units; a
+        token is therefore as far off as the nearer of two references says: fp32's, and this peer's own dtype's. Tokens in
+        `without` do not count: the contestant was never to take them.
         """
+        self._cast(torch.float32)
+        exact = self._deficits(streams, without)
+        self._cast(self.dtype)
+        rounded = self._deficits(streams, without)
+        return [
+            {**one, "deficit": float(torch.minimum(one.pop("deficits"), other["deficits"]).max())}
+            for one, other in zip(exact, rounded, strict=True)
+        ]
+
+    def _deficits(self, streams: Sequence[dict[str, Any]], without: Sequence[int]) -> list[dict[str, Any]]:
+        """In the dtype that the parameters have; the order is that of `streams`."""
         groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, stream in enumerate(streams):
             groups[stream["adapter"], len(stream["prompt"]), len(stream["tokens"])].append(index)
         checks: dict[int, dict[str, Any]] = {}
-        self._cast(torch.float32)
         for members in groups.values():
             for at in range(0, len(members), _ROWS_PER_CHECK):
                 rows = members[at : at + _ROWS_PER_CHECK]
-                checks.update(zip(rows, self._check([streams[row] for row in rows]), strict=True))
-        self._cast(self.dtype)
+                found = self._check([streams[row] for row in rows], without)
+                checks.update(zip(rows, found, strict=True))
         return [checks[index] for index in range(len(streams))]
 
     def _cast(self, dtype: torch.dtype) -> None:
@@ -109,19 +122,20 @@ class PeftPeer:
         return tokens
 
     @torch.no_grad()
-    def _check(self, streams: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _check(self, streams: Sequence[dict[str, Any]], without: Sequence[int]) -> Iterator[dict[str, Any]]:
         """All of one adapter, one prompt length and one answer length."""
         rows = torch.tensor([stream["prompt"] + stream["tokens"] for stream in streams], device=self.device)
         count = len(streams[0]["tokens"])
         with self._active(streams[0]["adapter"]):
             logits = self._model(rows, use_cache=False, logits_to_keep=count + 1).logits[:, :-1]
+        logits[..., list(without)] = -torch.inf
         best = logits.topk(2, dim=-1).values
         ours = logits.gather(-1, rows[:, -count:, None])[..., 0]
-        deficits = best[..., 0] - ours
+        deficits = (best[..., 0] - ours).float()
         for row, other in enumerate(rows[:, -count:] != logits.argmax(-1)):
             first = int(other.nonzero()[0]) if other.any() else None
             margin = None if first is None else float(best[row, first, 0] - best[row, first, 1])
-            yield {"first_difference": first, "margin": margin, "deficit": float(deficits[row].max())}
+            yield {"first_difference": first, "margin": margin, "deficits": deficits[row]}
 
     @contextlib.contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:
@@ -133,7 +147,7 @@ class PeftPeer:
             yield
 
 
-def _round_to_nf4(model: Any, dtype: torch.dtype) -> None:
+def round_to_nf4(model: Any, dtype: torch.dtype) -> None:
     """Every linear but the head becomes what the server's is worth: quantized from the checkpoint's own dtype."""
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -160,6 +174,8 @@ def main() -> None:
             case {"op": "generate", "mode": mode, "requests": requests}:
                 seconds, tokens = peer.generate(mode, requests)
                 answer({"seconds": seconds, "tokens": tokens})
+            case {"op": "check", "streams": streams, "without": without}:
+                answer({"checks": peer.check(streams, without)})
             case {"op": "check", "streams": streams}:
                 answer({"checks": peer.check(streams)})
 

@@ -45,6 +45,9 @@ def main() -> int:
     parser.add_argument("suites", nargs="*", metavar="NAME", help="default: all; see --list")
     parser.add_argument("--list", action="store_true", help="say what the suites are")
     parser.add_argument("--url", help="a running server; default: start what the suites need")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted run (schemas); the others start anew"
+    )
     parser.add_argument("--no-save", action="store_true", help="do not write results")
     options = parser.parse_args()
     if options.list:
@@ -59,7 +62,7 @@ def main() -> int:
     for context, suites in groupby(sorted(chosen, key=_server), key=_server):
         with serving(context) if context and not options.url else nullcontext(options.url or "") as url:
             for suite in suites:
-                good = _run(suite, url, save=not options.no_save) and good
+                good = _run(suite, url, options) and good
     return 0 if good else 1
 
 
@@ -68,9 +71,9 @@ def _server(suite: Suite) -> int:
     return suite.context if suite.needs_server else 0
 
 
-def _run(suite: Suite, url: str, *, save: bool) -> bool:
+def _run(suite: Suite, url: str, options: argparse.Namespace) -> bool:
     """Whether it went as expected."""
-    environment = Environment(suite.name, suite.requirements)
+    environment = Environment(suite.name, suite.requirements, resume=options.resume)
     try:
         environment.ensure()
         started = time.monotonic()
@@ -81,7 +84,7 @@ def _run(suite: Suite, url: str, *, save: bool) -> bool:
         return False
     judged = judge(suite.name, outcome, versions, time.monotonic() - started)
     print(judged, flush=True)
-    if save:
+    if not options.no_save:
         judged.save()
     return judged.good
 

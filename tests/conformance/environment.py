@@ -21,10 +21,14 @@ class ConformanceError(Exception):
 
 
 class Environment:
-    """One suite's folder: `env/` is the virtual environment, the rest is the suite's."""
+    """One suite's folder: `env/` is the virtual environment, the rest is the suite's.
 
-    def __init__(self, name: str, requirements: Sequence[str]) -> None:
+    `resume`: what an interrupted run left in it counts, for a suite that can go on with that.
+    """
+
+    def __init__(self, name: str, requirements: Sequence[str], *, resume: bool = False) -> None:
         self.folder = BUILD / name
+        self.resume = resume
         self._requirements = list(requirements)
 
     @property

@@ -1,9 +1,16 @@
-"""Random JSON schemas on the real server: whatever the model is, an answer that ends by itself matches its schema."""
+"""Random JSON schemas on the real server: whatever the model is, an answer that ends by itself matches its schema.
+
+What a schema came to is written down as soon as its answer is there, so that a run which was interrupted can go on: the
+schemas, and the seeds of their answers, depend on their numbers alone. Says nothing about answers that the limit cut off.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -20,41 +27,82 @@ _AT_ONCE = 16
 _MAX_TOKENS = 400
 _PROMPT = "Fill in the form."
 _MODELS = ("demo", "pirate")
+_VALID, _CUT_OFF = "valid", "cut off"  # what a schema may come to; anything else is what was wrong
+_FEWEST_FINISHED = 0.9
 
 
-def run_schemas(url: str, _: Environment) -> Outcome:
-    return answers_to_schemas(url)
+def run_schemas(url: str, environment: Environment) -> Outcome:
+    """Goes on with what an interrupted run left if the environment says so."""
+    journal = environment.folder / "answered.jsonl"
+    if not environment.resume:
+        journal.unlink(missing_ok=True)
+    outcome = answers_to_schemas(url, journal=journal)
+    outcome.figures |= {name: version(name) for name in ("loramux", "llguidance", "jsonschema")}
+    return outcome
 
 
-def answers_to_schemas(url: str, count: int = COUNT, seed: int = SEED) -> Outcome:
-    return asyncio.run(_run(url, count, seed))
+def answers_to_schemas(
+    url: str, count: int = COUNT, seed: int = SEED, journal: Path | None = None
+) -> Outcome:
+    results = _answered(journal, seed)
+
+    def note(number: int, result: str) -> None:
+        results[number] = result
+        if journal is not None:
+            with journal.open("a") as file:
+                file.write(json.dumps({"seed": seed, "number": number, "result": result}) + "\n")
+
+    asyncio.run(_run(url, count, seed, skip=set(results), note=note))
+    return _outcome(results, seed)
 
 
-async def _run(url: str, count: int, seed: int) -> Outcome:
+def _answered(journal: Path | None, seed: int) -> dict[int, str]:
+    """Of schemas of this seed, from an earlier run."""
+    if journal is None or not journal.is_file():
+        return {}
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    return {line["number"]: line["result"] for line in lines if line["seed"] == seed}
+
+
+async def _run(url: str, count: int, seed: int, skip: set[int], note: Callable[[int, str], None]) -> None:
     random = Random(seed)
     schemas = [random_schema(random) for _ in range(count)]
-    outcome = Outcome(figures={"schemas": count, "seed": seed})
     gate = asyncio.Semaphore(_AT_ONCE)
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
         async def one(number: int, schema: dict[str, Any]) -> None:
             async with gate:
                 text, finished = await _ask(client, number, schema)
-            if not finished:
-                outcome.skipped[f"schema {number}"] = "cut off by the limit of tokens"
-                return
-            try:
-                jsonschema.validate(json.loads(text), schema)
-                outcome.passed += 1
-            except (ValueError, jsonschema.ValidationError) as error:
-                outcome.failures[f"schema {number}"] = (
-                    f"{text[:100]!r} for {json.dumps(schema)[:150]}: {error}"
-                )
+            note(number, _judge(text, schema) if finished else _CUT_OFF)
 
         async with asyncio.TaskGroup() as tasks:
             for number, schema in enumerate(schemas):
-                tasks.create_task(one(number, schema))
-    outcome.figures["finished"] = outcome.passed + len(outcome.failures)
+                if number not in skip:
+                    tasks.create_task(one(number, schema))
+
+
+def _judge(text: str, schema: dict[str, Any]) -> str:
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        return f"{text[:100]!r} for {json.dumps(schema)[:150]}: {error}"
+    return _VALID
+
+
+def _outcome(results: dict[int, str], seed: int) -> Outcome:
+    """Few answers may be cut off, or next to nothing was shown."""
+    kinds = [results[number] for number in sorted(results)]
+    cut_off = kinds.count(_CUT_OFF)
+    outcome = Outcome(passed=kinds.count(_VALID))
+    outcome.failures = {
+        f"schema {number}": results[number]
+        for number in sorted(results)
+        if results[number] not in (_VALID, _CUT_OFF)
+    }
+    finished = len(kinds) - cut_off
+    outcome.figures = {"schemas": len(kinds), "seed": seed, "finished": finished, "cut_off": cut_off}
+    if finished < _FEWEST_FINISHED * len(kinds):
+        outcome.failures["finished"] = f"only {finished} of {len(kinds)} answers ended by themselves"
     return outcome
 
 

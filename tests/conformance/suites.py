@@ -22,7 +22,8 @@ CLIENTS = Path(__file__).parent / "clients"
 OPENAI = "3.54.0"
 # Of openai-python's own tests: what speaks to routes that we have.
 _OPENAI_TESTS = ("test_completions.py", "test_models.py", "chat/test_completions.py", "test_responses.py",
-                 "responses/test_input_items.py")  # fmt: skip
+                 "responses/test_input_items.py", "test_files.py", "fine_tuning/test_jobs.py",
+                 "fine_tuning/jobs/test_checkpoints.py")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ SUITES = {
     for suite in (
         Suite(
             "openai-python",
-            "the official client's own tests of completions, chat, responses and models",
+            "the official client's own tests of completions, chat, responses, models, files and fine-tuning",
             _openai_python,
             (
                 f"openai[aiohttp]=={OPENAI}",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.conformance import api_fuzz, outcome
+from tests.conformance import api_fuzz, outcome, schemas
 from tests.conformance.fake_application import fake_application
 from tests.conformance.outcome import EXPECTED, Outcome, judge, read_junit
 from tests.conformance.suites import SUITES
@@ -58,3 +59,21 @@ def test_only_named_failures_are_expected(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_expectations_belong_to_suites() -> None:
     assert json.loads(EXPECTED.read_text()).keys() <= SUITES.keys()
+
+
+def test_an_interrupted_run_of_schemas_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    async def ask(_: object, number: int, schema: dict[str, Any]) -> tuple[str, bool]:
+        asked.append(number)
+        return "no JSON", number == 5
+
+    monkeypatch.setattr(schemas, "_ask", ask)
+    journal = tmp_path / "answered.jsonl"
+    schemas.answers_to_schemas("http://unused", 4, journal=journal)
+    assert sorted(asked) == [0, 1, 2, 3]
+    found = schemas.answers_to_schemas("http://unused", 6, journal=journal)
+    assert sorted(asked) == [0, 1, 2, 3, 4, 5]
+    assert found.figures == {"schemas": 6, "seed": 0, "finished": 1, "cut_off": 5}
+    assert found.failures.keys() == {"schema 5", "finished"}, "too few came to an end, and that one is wrong"
+    assert schemas.answers_to_schemas("http://unused", 1, seed=1, journal=journal).figures["schemas"] == 1

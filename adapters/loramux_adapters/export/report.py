@@ -73,6 +73,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
                 "generation": adapter.weights.generation,
                 "trained_on": _public_name(adapter.weights.spec.base_model_name_or_path),
                 "trained_on_identity": adapter.weights.spec.base_identity,
+                "data_sha256": adapter.data,
                 "rank": adapter.weights.rank,
                 "modules": len(adapter.weights.tensors),
             }
@@ -163,6 +164,11 @@ def _card(facts: Facts, report: dict[str, Any]) -> str:
         f"| base content (sha256) | `{report['base']['content_sha256']}` |",
         *([f"| quantization identity of the base | `{facts.identity}` |"] if facts.identity else []),
         *[f"| adapter generation | `{a.weights.generation}` ({a.name}) |" for a in plan.adapters],
+        *[
+            f"| {role} data (sha256) | `{digest}` ({a.name}) |"
+            for a in plan.adapters
+            for role, digest in (a.data or {}).items()
+        ],
         *_delta_rows(report["delta"]),
         "",
         *_proof_lines(facts.proof),

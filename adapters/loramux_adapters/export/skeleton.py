@@ -19,6 +19,7 @@ import torch
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.export.checkpoint import FLOATS, TORCH_DTYPES, Checkpoint
 from loramux_adapters.export.quantized import is_packed, packed_shape_fits
+from loramux_adapters.model_config import faults_said
 from loramux_adapters.spec import BaseGeometry
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -45,10 +46,8 @@ def read_skeleton(directory: Path, checkpoint: Checkpoint) -> BaseSkeleton:
 
     if not (directory / "config.json").is_file():
         raise BaseModelError(f"{directory} holds no config.json: it is not a model directory", param="model")
-    try:
+    with faults_said("config.json cannot be used"):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"config.json cannot be used: {_first_line(error)}", param="model") from error
     prequantized = _is_prequantized(config)
     model = empty_model(config)
     head = model.get_output_embeddings()
@@ -77,18 +76,14 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype, trust_remote_code=False
-            )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(
-            f"'{getattr(config, 'model_type', 'unknown')}' is not a decoder this version of transformers can "
-            "build: "
-            f"{_first_line(error)}",
-            param="model",
-        ) from error
+    kind = getattr(config, "model_type", "unknown")
+    with (
+        faults_said(f"'{kind}' is not a decoder this version of transformers can build"),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=dtype, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -144,7 +139,3 @@ def _load_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
         return _DTYPES[named]
     first = next((t.dtype for t in checkpoint.tensors.values() if t.dtype in FLOATS), "BF16")
     return {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[first]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

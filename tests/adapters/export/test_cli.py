@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +62,51 @@ def test_export_and_what_it_says(
     parsed = json.loads(export("export", *common, "--out", tmp_path / "three", "--json").stdout)
     assert parsed["out"] == str(tmp_path / "three")
     assert parsed["report"]["verification"]["passed"] is True
+
+
+def test_what_the_adapter_was_trained_on(
+    export: Callable[..., Result], adapter: Path, tmp_path: Path
+) -> None:
+    trained = Path(shutil.copytree(adapter, tmp_path / "trained"))
+    manifest = trained / "training_manifest.json"
+    manifest.write_text(json.dumps({"data": {"sha256": "ab" * 32}, "validation": {"sha256": "cd" * 32}}))
+    common = ("export", "--model", "demo", "--adapter", trained, "--verify", 0)
+    report = json.loads(export(*common, "--out", tmp_path / "merged", "--json").stdout)["report"]
+    assert report["adapters"][0]["data_sha256"] == {"training": "ab" * 32, "validation": "cd" * 32}
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"| training data (sha256) | `{'ab' * 32}` (trained) |" in card
+    for other in ("{", "[]", '{"data": {}, "validation": null}'):
+        manifest.write_text(other)
+        result = export(*common, "--out", tmp_path / "other")
+        assert result.exit_code == 1
+        assert "its training_manifest.json is not the trainer's" in result.stderr
+
+
+DOCUMENTED = re.findall(
+    r"^loramux export (.*?)(?: +#.*)?$",
+    (Path(__file__).parents[3] / "docs" / "export.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("arguments", DOCUMENTED)
+def test_commands_of_the_guide(
+    arguments: str, export: Callable[..., Result], bases: Callable[[str], Path], adapter: Path, tmp_path: Path
+) -> None:
+    """As they stand there, with this model, this adapter and another place, up to the plan."""
+    words = arguments.split()
+    for index, word in enumerate(words[:-1]):
+        match word:
+            case "--model" if words[index + 1] != "demo":
+                words[index + 1] = str(bases("llama"))
+            case "--adapter":
+                _, separator, weight = words[index + 1].partition("=")
+                words[index + 1] = f"{adapter}{separator}{weight}"
+            case "--out":
+                words[index + 1] = str(tmp_path / "merged")
+    result = export("export", *words, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "merged" in result.stdout
 
 
 def test_refusals_are_one_sentence_and_exit_1(

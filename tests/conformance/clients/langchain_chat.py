@@ -19,7 +19,17 @@ class TestLoramux(ChatModelIntegrationTests):
             "api_key": "none",
             "temperature": 0,
             "max_tokens": 150,
-            "frequency_penalty": 0.5,  # a small model repeats itself inside of strings until it is cut off
+            # A small model repeats itself: inside of strings, and whole calls, until it is cut off.
+            "frequency_penalty": 1.0,
+            "model_kwargs": {"parallel_tool_calls": False},
             "max_retries": 0,
             "stream_usage": True,  # which it leaves out by itself for any server but OpenAI's
         }
+
+    @property
+    def model_override_value(self) -> str:
+        return "pirate"
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
