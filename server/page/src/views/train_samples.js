@@ -1,0 +1,78 @@
+// What every checkpoint answers to one prompt, beside the base. Greedy, one question at a time, each asked once.
+
+import { useEffect, useState } from "preact/hooks";
+import { post } from "../api.js";
+import { linkTo } from "../compare_run.js";
+import { number } from "../format.js";
+import { html } from "../html.js";
+import { Problem } from "../parts.js";
+
+const MAX_TOKENS = 64;
+const answers = new Map(); // of this visit: [model, prompt] -> text
+
+export function Samples({ job, checkpoints }) {
+  const [prompt, setPrompt] = useState(job.metadata?.sample_prompt ?? "");
+  const [typed, setTyped] = useState(prompt);
+  const [, redraw] = useState(0);
+  const [error, setError] = useState(null);
+  const rows = [
+    { model: job.model, label: `${job.model}, before` },
+    ...checkpoints
+      .toSorted((a, b) => a.step_number - b.step_number)
+      .map((one) => ({
+        model: one.fine_tuned_model_checkpoint,
+        label: `step ${one.step_number}`,
+        loss: one.metrics.valid_loss ?? one.metrics.train_loss,
+      })),
+    ...(job.fine_tuned_model ? [{ model: job.fine_tuned_model, label: "finished" }] : []),
+  ];
+  const wanted = checkpoints.length || job.fine_tuned_model ? rows : [];
+  useEffect(() => {
+    const abort = new AbortController();
+    (async () => {
+      setError(null);
+      for (const { model } of prompt ? wanted : []) {
+        const key = JSON.stringify([model, prompt]);
+        if (answers.has(key)) continue;
+        answers.set(key, await sample(model, prompt, abort.signal));
+        redraw((count) => count + 1);
+      }
+    })().catch((failure) => failure.name !== "AbortError" && setError(failure));
+    return () => abort.abort();
+  }, [prompt, wanted.map((row) => row.model).join()]);
+  return html`<div class="panel">
+    <h2>Samples</h2>
+    <form class="row" onSubmit=${(event) => (event.preventDefault(), setPrompt(typed.trim()))}>
+      <input
+        type="text"
+        class="grow"
+        value=${typed}
+        aria-label="Prompt for samples"
+        placeholder="A prompt that the base and every checkpoint answer"
+        onInput=${(event) => setTyped(event.target.value)}
+      />
+      <button>Ask all</button>
+    </form>
+    <${Problem} error=${error} />
+    ${!wanted.length && html`<p class="muted">Checkpoints appear here as they are made; each can be called at once.</p>`}
+    <ul class="samples">
+      ${wanted.map(({ model, label, loss }) => {
+        const answer = answers.get(JSON.stringify([model, prompt]));
+        return html`<li key=${model} data-sample=${model}>
+          <div class="row spread"><strong>${label}</strong><span class="row">${loss != null && html`<span class="muted">loss ${number(loss)}</span>`}<a href=${linkTo([job.model, model], prompt)}>Compare</a></span></div>
+          ${prompt && html`<p class="text">${answer ?? "…"}</p>`}
+        </li>`;
+      })}
+    </ul>
+  </div>`;
+}
+
+async function sample(model, prompt, signal) {
+  const messages = [{ role: "user", content: prompt }];
+  const answer = await post(
+    "/v1/chat/completions",
+    { model, messages, temperature: 0, max_tokens: MAX_TOKENS },
+    { signal },
+  );
+  return answer.choices[0].message.content;
+}
