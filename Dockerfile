@@ -35,6 +35,7 @@ USER 10001:10001
 VOLUME ["/data", "/models"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# Alive, also while the base loads; whether it takes requests is what /ready says.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20m --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["loramux"]

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
 
-.PHONY: help demo test lint format bench conformance fuzz soak ops-test image-test clean
+.PHONY: help demo test lint format page screenshots bench peers bench-peers conformance fuzz chaos soak ops-test image-test clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,9 +20,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## start the server with the embedded model and its three demo adapters
 	$(BIN)/loramux serve demo
 
-test: $(STAMP)  ## lint, types and the whole test suite
+test: $(STAMP)  ## lint, types and the whole test suite, two files at a time; JOBS= chooses
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(or $(JOBS),2) --dist loadfile --durations 25
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -36,12 +36,30 @@ format: $(STAMP)  ## rewrite the code in the house style
 bench: $(STAMP)  ## run the benchmark scenarios; prints ratios
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.export_bench
+	$(BIN)/python -m loadtests.train_bench
+	$(BIN)/python -m loadtests.quality_bench
+	$(BIN)/python -m loadtests.export_readers
+
+peers: $(STAMP)  ## build llama.cpp's server and install vLLM for CPUs below build/peers/; PEERS= chooses
+	$(BIN)/python -m loadtests.peers.install $(PEERS)
+
+bench-peers: $(STAMP)  ## the same requests to loramux, llama.cpp and vLLM, whichever `make peers` has; prints ratios
+	$(BIN)/python -m loadtests.bench_peers --save $(SCENARIOS)
+
+page:  ## bundle the built-in page from server/page/ into the package; needs Node.js
+	cd server/page && npm ci --ignore-scripts --no-audit --no-fund && node build.mjs
+
+screenshots: $(STAMP)  ## make the documentation's screenshots of the page again
+	PAGE_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/e2e/test_page.py
 
 conformance: $(STAMP)  ## other people's test suites against the real server; SUITES= chooses some
 	$(BIN)/python -m tests.conformance $(SUITES)
 
 fuzz: $(STAMP)  ## 100,000 mutated uploads; CASES= and SEED= choose others
 	$(BIN)/python -m tests.fuzz --cases $(or $(CASES),100000) --seed $(SEED)
+
+chaos: $(STAMP)  ## a server whose workers and front are killed, flooded, starved and stopped; KILLS=, SEED=; half an hour
+	$(BIN)/python -m pytest tests/soak/test_chaos.py -m soak --kills $(or $(KILLS),40) --seed $(SEED)
 
 soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server, 50 of an export; STEPS=, KILLS=, EXPORT_KILLS=, SEED=
 	$(BIN)/python -m pytest tests/soak -m soak --steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)

@@ -28,6 +28,8 @@ TORCH_FREE = [
     "loramux_server.cli",  # --help is immediate
     "loramux_server.config",
     "loramux_server.base.location",
+    "loramux_server.cli_keys",
+    "loramux_server.keys.guard",
     *(
         f"loramux_server.engine.{name}"
         for name in (
@@ -50,6 +52,7 @@ TORCH_FREE = [
         f"loramux_adapters.{name}"
         for name in (
             "errors",
+            "access",
             "spec",
             "residency",
             "registry",
@@ -58,6 +61,7 @@ TORCH_FREE = [
             "sources",
             "training.inputs",
             "training.memory",
+            "training.outlook",
         )
     ),
 ]

@@ -7,14 +7,20 @@
     │   ├── InvalidAdapter     the files do not pass the gate; carries every fault at once
     │   ├── UnknownAdapter     no adapter (or generation) of that name
     │   ├── AdapterConflict    the name is taken, or the change contradicts its state
+    │   │   └── NameTaken      by somebody whose adapters the caller cannot see
     │   └── AdapterUnavailable the adapter exists but could not be made resident
+    ├── AccessDenied           whoever asks may not do that
+    │   └── QuotaExceeded      because he has as much as he may have
     ├── RequestError           a request asks for something it cannot have
     │   ├── ContextLengthExceeded
     │   └── UnknownFile        no uploaded file of that id
     ├── EngineError            the worker failed, is restarting or is draining
-    │   └── Overloaded         the queue is full
+    │   ├── Overloaded         too much of something is under way already
+    │   │   └── QueueFull      because the engine's queue is full
+    │   └── RequestTimeout     an answer was not complete in time
     ├── StorageError           the data directory cannot be read or written
-    │   └── StorageFull        because there is no room left
+    │   ├── StorageFull        because there is no room left
+    │   └── StorageDamaged     because its bytes are not those that were written
     ├── TrainingError          a data set, recipe or job is wrong
     │   └── UnknownJob         no fine-tuning job of that id
     └── ExportError            a merge cannot be planned, written or proven
@@ -101,8 +107,20 @@ class AdapterConflict(AdapterError):
     code = "adapter_conflict"
 
 
+class NameTaken(AdapterConflict):
+    code = "name_taken"
+
+
 class AdapterUnavailable(AdapterError):
     code = "adapter_unavailable"
+
+
+class AccessDenied(LoramuxError):
+    code = "permission_denied"
+
+
+class QuotaExceeded(AccessDenied):
+    code = "quota_exceeded"
 
 
 class RequestError(LoramuxError, ValueError):
@@ -125,12 +143,25 @@ class Overloaded(EngineError):
     code = "overloaded"
 
 
+class QueueFull(Overloaded):
+    code = "queue_full"
+    retry_after = 1.0  # seconds: places come free with every answer
+
+
+class RequestTimeout(EngineError):
+    code = "request_timeout"
+
+
 class StorageError(LoramuxError):
     code = "storage_error"
 
 
 class StorageFull(StorageError):
     code = "storage_full"
+
+
+class StorageDamaged(StorageError):
+    code = "storage_damaged"
 
 
 class TrainingError(LoramuxError, ValueError):

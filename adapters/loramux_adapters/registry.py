@@ -2,6 +2,7 @@
 
 Reads never touch the disk: every record lives in memory, and a record handed out never changes. A change is
 durable before it is visible. A generation stays in the store while a name, its history or a lease needs it.
+What an `Access` may not see is to it as if it did not exist; whose a record is never changes.
 One process owns the registry; its methods may be called from any thread. No torch.
 """
 
@@ -15,11 +16,13 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import AdapterConflict, StorageError, UnknownAdapter
 from loramux_adapters.leases import Claim, Lease
-from loramux_adapters.names import check_description, check_json, check_name, split_pin
+from loramux_adapters.names import check_name, split_pin
 from loramux_adapters.registry_db import AdapterRecord, HistoryEntry, RegistryDatabase, Scanned, Source, State
 from loramux_adapters.store import GenerationStore
 from loramux_adapters.verifications import Verifications
@@ -67,7 +70,7 @@ class AdapterRegistry:
         *,
         source: Source,
         origin: str = "",
-        owner: str = "",
+        access: Access = OPERATOR,
         overwrite: bool = True,
         pinned: bool | None = None,
         description: str | None = None,
@@ -86,18 +89,28 @@ class AdapterRegistry:
             current = self._records.get(name)
             if current is None:
                 current = AdapterRecord(
-                    name, generation, source, origin, owner, now, now, False, "", {}, {}, ()
+                    name, generation, source, origin, access.owner, now, now, False, "", {}, {}, ()
                 )
-            elif current.owner != owner:
-                raise AdapterConflict(f"name: '{name}' belongs to another owner", param="name")
-            elif not overwrite and current.generation != generation:
-                raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
-            record = self._changed(current, pinned, description, metadata, default_sampling)
+            else:
+                access.check_change(name, current.owner)
+                if not overwrite and current.generation != generation:
+                    raise AdapterConflict(
+                        f"name: '{name}' is taken; set overwrite to replace it", param="name"
+                    )
+            record = current.changed(pinned, description, metadata, default_sampling)
             return self._point(record, HistoryEntry(generation, source, origin, now))
+
+    def check_change(self, name: str, access: Access) -> None:
+        """Raises NameTaken or AccessDenied if the name exists and may not be changed; `put` asks again."""
+        with self._reading:
+            record = self._records.get(name)
+        if record is not None:
+            access.check_change(name, record.owner)
 
     def update(
         self,
         name: str,
+        access: Access = OPERATOR,
         *,
         pinned: bool | None = None,
         description: str | None = None,
@@ -106,18 +119,20 @@ class AdapterRegistry:
     ) -> AdapterRecord:
         """Change what is not None; the generation stays."""
         with self._writing:
-            record = self._changed(self.get(name), pinned, description, metadata, default_sampling)
+            record = self._changeable(name, access).changed(pinned, description, metadata, default_sampling)
             return self._save(replace(record, updated=time.time()))
 
-    def rollback(self, name: str, generation_prefix: str | None = None) -> AdapterRecord:
+    def rollback(
+        self, name: str, generation_prefix: str | None = None, access: Access = OPERATOR
+    ) -> AdapterRecord:
         """Point the name back at a generation of its history, by default the one before the current.
 
         The generation rolled back from becomes the one before, so a second rollback undoes the first.
         """
         with self._writing:
-            record = self.get(name)
+            record = self._changeable(name, access)
             if generation_prefix is not None:
-                entry = _find(record, generation_prefix)
+                entry = record.find(generation_prefix)
             elif len(record.history) > 1:
                 entry = record.history[1]
             else:
@@ -126,30 +141,30 @@ class AdapterRegistry:
                 raise StorageError(f"generation {entry.generation[:12]} is not in the adapter store")
             return self._point(record, replace(entry, created=time.time()))
 
-    def delete(self, name: str) -> AdapterRecord:
+    def delete(self, name: str, access: Access = OPERATOR) -> AdapterRecord:
         """Forget a name and its history. Leases keep what they hold; `sweep` removes the rest."""
         with self._writing:
-            record = self.get(name)
+            record = self._changeable(name, access)
             self._database.delete(name)
             with self._reading:
                 del self._records[name]
                 del self._names[bisect.bisect_left(self._names, name)]
             return record
 
-    def get(self, name: str) -> AdapterRecord:
+    def get(self, name: str, access: Access = OPERATOR) -> AdapterRecord:
         """The record of exactly this name."""
         with self._reading:
-            return self._seen(self._lookup(name, "name"))
+            return self._seen(self._lookup(name, "name", access))
 
-    def resolve(self, model: str) -> AdapterRecord:
+    def resolve(self, model: str, access: Access = OPERATOR) -> AdapterRecord:
         """What a request means by 'name', or by 'name@<8 or more hex digits>' for one of its generations."""
         with self._reading:
-            return self._resolve(model)
+            return self._resolve(model, access)
 
-    def lease(self, model: str) -> Lease:
+    def lease(self, model: str, access: Access = OPERATOR) -> Lease:
         """Resolve and claim in one step, so that what was resolved cannot be swept before it is used."""
         with self._reading:
-            record = self._resolve(model)
+            record = self._resolve(model, access)
             self._in_flight[record.name, record.generation] += 1
         return Lease(record, partial(self._release, (record.name, record.generation)))
 
@@ -169,11 +184,15 @@ class AdapterRegistry:
         with self._reading:
             return sum(count for (leased, _), count in self._in_flight.items() if leased == name)
 
-    def list(self, after: str | None = None, limit: int = 100) -> tuple[AdapterRecord, ...]:
+    def list(
+        self, after: str | None = None, limit: int = 100, access: Access = OPERATOR
+    ) -> tuple[AdapterRecord, ...]:
         """Up to `limit` records in the order of their names, beginning behind the name `after`."""
         with self._reading:
             start = 0 if after is None else bisect.bisect_right(self._names, after)
-            return tuple(self._seen(self._records[name]) for name in self._names[start : start + limit])
+            records = (self._records[name] for name in self._names[start:])
+            visible = (record for record in records if access.sees(record.owner))
+            return tuple(self._seen(record) for record in islice(visible, limit))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -202,41 +221,28 @@ class AdapterRegistry:
         with self._writing:
             self._database.save_scanned(path, scanned)
 
-    def _lookup(self, name: str, param: str) -> AdapterRecord:
+    def _lookup(self, name: str, param: str, access: Access) -> AdapterRecord:
         record = self._records.get(name)
-        if record is None:
+        if record is None or not access.sees(record.owner):
             raise UnknownAdapter(f"{param}: there is no adapter named {name[:200]!a}", param=param)
         return record
 
-    def _resolve(self, model: str) -> AdapterRecord:
+    def _changeable(self, name: str, access: Access) -> AdapterRecord:
+        record = self.get(name, access)
+        access.check_change(name, record.owner)
+        return record
+
+    def _resolve(self, model: str, access: Access) -> AdapterRecord:
         name, pin = split_pin(model)
-        record = self._lookup(name, "model")
+        record = self._lookup(name, "model", access)
         if pin is not None:
-            entry = _find(record, pin, param="model")
+            entry = record.find(pin, param="model")
             record = replace(record, generation=entry.generation, source=entry.source, origin=entry.origin)
         return self._seen(record)
 
     def _seen(self, record: AdapterRecord) -> AdapterRecord:
         state = self._states.get(record.generation)
         return record if state is None else replace(record, state=state[0], failure=state[1])
-
-    def _changed(
-        self,
-        record: AdapterRecord,
-        pinned: bool | None,
-        description: str | None,
-        metadata: Mapping[str, object] | None,
-        default_sampling: Mapping[str, object] | None,
-    ) -> AdapterRecord:
-        return replace(
-            record,
-            pinned=record.pinned if pinned is None else pinned,
-            description=record.description if description is None else check_description(description),
-            metadata=record.metadata if metadata is None else check_json("metadata", metadata),
-            default_sampling=record.default_sampling
-            if default_sampling is None
-            else check_json("default_sampling", default_sampling),
-        )
 
     def _point(self, record: AdapterRecord, entry: HistoryEntry) -> AdapterRecord:
         older = tuple(old for old in record.history if old.generation != entry.generation)
@@ -282,14 +288,3 @@ class AdapterRegistry:
     def _release(self, leased: tuple[str, str]) -> None:
         with self._reading:
             self._in_flight -= Counter([leased])  # which forgets what falls to zero
-
-
-def _find(record: AdapterRecord, prefix: str, param: str = "generation") -> HistoryEntry:
-    found = [entry for entry in record.history if entry.generation.startswith(prefix)]
-    if len(found) != 1:
-        problem = "no generation" if not found else f"{len(found)} generations"
-        raise UnknownAdapter(
-            f"{param}: the history of '{record.name}' has {problem} beginning with {prefix[:64]!a}",
-            param=param,
-        )
-    return found[0]

@@ -10,11 +10,12 @@ import json
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from loramux_adapters.errors import StorageError
+from loramux_adapters.errors import StorageDamaged, StorageError, UnknownAdapter
+from loramux_adapters.names import check_description, check_json
 from loramux_adapters.sqlite import DurableDatabase
 
 Source = Literal["path", "upload", "hub", "training", "demo"]
@@ -72,6 +73,35 @@ class AdapterRecord:
     state: State = "available"
     failure: str = ""  # why, when the state is "failed"
 
+    def find(self, prefix: str, param: str = "generation") -> HistoryEntry:
+        """The one generation of its history that begins so."""
+        found = [entry for entry in self.history if entry.generation.startswith(prefix)]
+        if len(found) != 1:
+            problem = "no generation" if not found else f"{len(found)} generations"
+            raise UnknownAdapter(
+                f"{param}: the history of '{self.name}' has {problem} beginning with {prefix[:64]!a}",
+                param=param,
+            )
+        return found[0]
+
+    def changed(
+        self,
+        pinned: bool | None,
+        description: str | None,
+        metadata: Mapping[str, object] | None,
+        default_sampling: Mapping[str, object] | None,
+    ) -> AdapterRecord:
+        """With what is not None. Raises RequestError for what is too long or not text."""
+        return replace(
+            self,
+            pinned=self.pinned if pinned is None else pinned,
+            description=self.description if description is None else check_description(description),
+            metadata=self.metadata if metadata is None else check_json("metadata", metadata),
+            default_sampling=self.default_sampling
+            if default_sampling is None
+            else check_json("default_sampling", default_sampling),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
@@ -85,7 +115,15 @@ class RegistryDatabase(DurableDatabase):
     def __init__(self, path: Path) -> None:
         super().__init__(path, _MIGRATIONS, "the adapter registry")
 
-    def records(self) -> Iterator[AdapterRecord]:
+    def records(self) -> list[AdapterRecord]:
+        """All of them, by name. Raises StorageDamaged for a row that is none."""
+        try:
+            return list(self._records())
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            self.close()
+            raise StorageDamaged(f"the adapter registry has a row that cannot be read: {error}") from error
+
+    def _records(self) -> Iterator[AdapterRecord]:
         history: defaultdict[str, list[HistoryEntry]] = defaultdict(list)
         entries = "SELECT name, generation, source, origin, created FROM history ORDER BY seq DESC"
         for name, *entry in self._connection.execute(entries):

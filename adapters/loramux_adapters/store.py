@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loramux_adapters.adapter_files import DEFAULT_LIMITS
-from loramux_adapters.errors import InvalidAdapter, StorageError
+from loramux_adapters.errors import InvalidAdapter, StorageDamaged, StorageError
 from loramux_adapters.files import fsync_directory, storage_error, write_file
+from loramux_adapters.set_aside import set_aside
 
 if TYPE_CHECKING:
     from loramux_adapters.weights import LoraWeights
@@ -95,13 +96,30 @@ class GenerationStore:
             fields = json.loads((directory / MANIFEST_FILE).read_bytes())
             manifest = Manifest(**fields | {"target_modules": tuple(fields["target_modules"])})
             sizes = {name: (directory / name).stat().st_size for name in manifest.file_bytes}
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if directory.exists():
+                missing = Path(error.filename).name
+                raise StorageDamaged(
+                    f"generation {generation[:12]} is damaged: {missing} is missing"
+                ) from None
             raise StorageError(f"generation {generation[:12]} is not in the adapter store") from None
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise StorageError(f"generation {generation[:12]} has no readable manifest: {error}") from None
+        except OSError as error:
+            raise storage_error(f"generation {generation[:12]} cannot be read", error) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise StorageDamaged(f"generation {generation[:12]} has no readable manifest: {error}") from None
         if manifest.generation != generation or sizes != manifest.file_bytes:
-            raise StorageError(f"generation {generation[:12]} is damaged: its files have other sizes")
+            raise StorageDamaged(f"generation {generation[:12]} is damaged: its files have other sizes")
         return manifest
+
+    def set_damaged_aside(self) -> dict[str, str]:
+        """Rename the generations that are visibly damaged; what is wrong with each. To be called before they are used."""
+        found: dict[str, str] = {}
+        for generation in tuple(self):
+            try:
+                self.manifest(generation)
+            except StorageDamaged as error:
+                found[generation] = f"{error.message}; set aside as *{set_aside(self._directory(generation))}"
+        return found
 
     def __contains__(self, generation: str) -> bool:
         """Whether the generation is here and its files have their sizes; `verify` reads them."""

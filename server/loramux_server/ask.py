@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from loramux_adapters.errors import EngineError, RequestError
+from loramux_server.server_client import credentials
 
 _TIMEOUT_S = 600
 
@@ -30,7 +31,7 @@ def ask_models(
             request = urllib.request.Request(
                 f"{url.rstrip('/')}/v1/chat/completions",
                 data=json.dumps(body).encode(),
-                headers={"content-type": "application/json"},
+                headers={"content-type": "application/json", **credentials()},
             )
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 answer: str = json.load(response)["choices"][0]["message"]["content"]

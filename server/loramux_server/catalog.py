@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
+from loramux_adapters.access import Access
 from loramux_adapters.adapter_files import DEFAULT_LIMITS, GateLimits
 from loramux_adapters.errors import (
     ConfigError,
@@ -26,6 +27,7 @@ from loramux_adapters.errors import (
 from loramux_adapters.probe import Probe
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry
 from loramux_adapters.registry_db import State
+from loramux_adapters.set_aside import database_files, open_or_set_aside
 from loramux_adapters.sources import Staged, clean_staging
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.store import GenerationStore, Manifest
@@ -33,7 +35,8 @@ from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import Ready, StepOutput
 from loramux_server.metrics import Metrics
 from loramux_server.pins import Pins
-from loramux_server.publishing import Options, Published, Publisher
+from loramux_server.publishing import Options, Published, Publisher, check_pinning
+from loramux_server.quotas import Quota, Quotas
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ class AdapterCatalog:
         max_lora_rank: int,
         max_file_bytes: int = DEFAULT_LIMITS.max_file_bytes,
         probe: Probe,
+        quota: Quota | None = None,
     ) -> None:
         """`reserved` are the base's names, `probe` is what adapters are verified on. The engine's worker must be ready."""
         self.engine = engine
@@ -72,14 +76,21 @@ class AdapterCatalog:
         self.staging = root / "staging"
         self._lock = _take(root, self.geometry, data_dir)
         clean_staging(self.staging)
-        self.registry = AdapterRegistry(
-            root / "adapters.sqlite3", GenerationStore(root / "generations"), reserved=reserved
+        database, store = root / "adapters.sqlite3", root / "generations"
+        # With the store, because a sweep would remove what an empty registry does not name.
+        self.registry = open_or_set_aside(
+            lambda: AdapterRegistry(database, GenerationStore(store), reserved=reserved),
+            *database_files(database),
+            store,
         )
+        for problem in self.registry.store.set_damaged_aside().values():
+            logger.error("%s", problem)
         self._manifests: dict[str, Manifest] = {}
         self._pins = Pins(self.registry, self.manifest, engine.ready, self.limits.max_rank)
+        self.quotas = Quotas(quota or Quota(), self.registry, self.manifest)
         self._changing = Lock()
         self._publisher = Publisher(
-            self.registry, engine, metrics, self.geometry, probe, self._pins, self._changing
+            self.registry, engine, metrics, self.geometry, probe, self._pins, self.quotas, self._changing
         )
         self._pinning = asyncio.Lock()
         engine.add_listener(self._observe_step)
@@ -91,33 +102,35 @@ class AdapterCatalog:
 
     # --- changes ---------------------------------------------------------------------------------------------------
 
-    async def publish(self, name: str, stage: Callable[[], Staged], options: Options) -> Published:
+    async def publish(
+        self, name: str, stage: Callable[[], Staged], options: Options, access: Access
+    ) -> Published:
         """Pass what `stage` brings through gate and verification and point the name at it; see `publishing.py`."""
-        published = await self._publisher.publish(name, stage, options, self.limits)
+        published = await self._publisher.publish(name, stage, options, self.limits, access)
         await asyncio.to_thread(self.manifest, published.record.generation)
         await self.keep_pinned()
         logger.info("adapter %s is generation %s", name, published.record.generation[:12])
         return published
 
-    async def update(self, name: str, options: Options) -> AdapterRecord:
+    async def update(self, name: str, options: Options, access: Access) -> AdapterRecord:
         """Change what is not None; the generation stays."""
-        record = await asyncio.to_thread(self._update, name, options)
+        record = await asyncio.to_thread(self._update, name, options, access)
         await self.keep_pinned()
         return record
 
-    async def rollback(self, name: str, generation_prefix: str | None) -> AdapterRecord:
+    async def rollback(self, name: str, generation_prefix: str | None, access: Access) -> AdapterRecord:
         """Point the name back at an earlier generation, by default the one before."""
-        record = await asyncio.to_thread(self.registry.rollback, name, generation_prefix)
+        record = await asyncio.to_thread(self.registry.rollback, name, generation_prefix, access)
         await self.keep_pinned()
         logger.info("adapter %s is rolled back to generation %s", name, record.generation[:12])
         return record
 
-    async def delete(self, name: str, timeout: float) -> int:
+    async def delete(self, name: str, timeout: float, access: Access) -> int:
         """Forget a name at once, then wait up to `timeout` seconds for what runs on it; how much still does.
 
         Its files go when nobody needs them any more.
         """
-        await asyncio.to_thread(self.registry.delete, name)
+        await asyncio.to_thread(self.registry.delete, name, access)
         self.metrics.adapter_deleted(name)
         await self.keep_pinned()
         logger.info("adapter %s is deleted", name)
@@ -170,12 +183,15 @@ class AdapterCatalog:
 
     # --- the blocking parts ----------------------------------------------------------------------------------------
 
-    def _update(self, name: str, options: Options) -> AdapterRecord:
+    def _update(self, name: str, options: Options, access: Access) -> AdapterRecord:
         with self._changing:
+            record = self.registry.get(name, access)
+            check_pinning(options, access)
             if options.pinned:
-                self._pins.check(name, self.manifest(self.registry.get(name).generation).rank)
+                self._pins.check(name, self.manifest(record.generation).rank)
             return self.registry.update(
                 name,
+                access,
                 pinned=options.pinned,
                 description=options.description,
                 metadata=options.metadata,

@@ -120,6 +120,12 @@ def _adapters(to: typer.Typer) -> None:
     to.add_typer(adapters_app, name="adapters")
 
 
+def _keys(to: typer.Typer) -> None:
+    from loramux_server.cli_keys import keys_app
+
+    to.add_typer(keys_app, name="keys")
+
+
 def _jobs(to: typer.Typer) -> None:
     from loramux_server.cli_jobs import jobs_app
 
@@ -151,6 +157,7 @@ later(
     _doctor,
 )
 later(app, "adapters", "List, add, change and remove the adapters of a running server.", _adapters)
+later(app, "keys", "Make, list and revoke the keys of a server.", _keys)
 later(app, "jobs", "Start, list, watch and end the fine-tuning jobs of a running server.", _jobs)
 
 

@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from loramux_adapters.errors import ConfigError
+from loramux_server.keys.setting import Keys
 
 # Variables that other parts of the project document and read at their own place.
 _OTHER_VARIABLES = frozenset({"LORAMUX_CACHE_DIR", "LORAMUX_CONFIG"})
@@ -84,12 +85,37 @@ class ServeConfig(BaseSettings):
     )
     max_body_size: Bytes = Field(32 * 2**20, ge=1024, description="largest request body, such as 32MiB")
     grace: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
+    request_timeout: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="seconds an answer may take; default: no limit"
+    )
+    hang_timeout: float = Field(
+        300.0,
+        ge=10,
+        allow_inf_nan=False,
+        description="seconds without a sign of life after which a worker that has work is restarted",
+    )
+
+    api_key: Keys = Field(
+        [], description="a key that may do everything; may repeat. loramux keys makes keys that may do less"
+    )
+    rate_limit_requests: int | None = Field(None, ge=1, description="requests a minute, of each key")
+    rate_limit_tokens: int | None = Field(None, ge=1, description="tokens a minute, of each key")
+    max_queued_per_key: int | None = Field(
+        None, ge=1, description="requests for answers at once, of each key"
+    )
+    max_adapters_per_tenant: int | None = Field(None, ge=1, description="adapters that a tenant may have")
+    max_adapter_bytes_per_tenant: Bytes | None = Field(
+        None, ge=1, description="size of a tenant's adapters with their earlier generations, such as 2GiB"
+    )
 
     revision: str | None = Field(None, description="hub revision of the base: branch, tag or commit")
     device: str = Field("auto", description="auto, cpu or cuda")
     dtype: str = Field("auto", description="compute type: auto, bfloat16, float16 or float32")
     quantization: Literal["nf4", "none"] = Field(
         "nf4", description="nf4 (4-bit, double quantization) or none"
+    )
+    nf4_cache: bool = Field(
+        True, description="keep a quantized copy in the cache directory: later starts take seconds"
     )
     max_model_len: int | None = Field(
         None, ge=32, description="longest prompt plus answer in tokens; default: the model's"
@@ -132,6 +158,11 @@ class ServeConfig(BaseSettings):
         le=60_000,
         allow_inf_nan=False,
         description="milliseconds that training may add to the 99th percentile of inter-token latency",
+    )
+
+    tensorboard: Path | None = Field(
+        None,
+        description="directory where fine-tuning jobs write TensorBoard files; needs loramux[tensorboard]",
     )
 
     data_dir: Path = Field(default_data_dir(), description="where everything that must last is kept")
@@ -217,16 +248,27 @@ def _refuse_unknown_variables() -> None:
 
 
 def _expand_lists(arguments: Sequence[str]) -> list[str]:
-    """`--lora-modules a=x b=y`, as vLLM takes it, to one flag per value."""
+    """Lists after one flag, as vLLM takes them, to one flag per value.
+
+    `--lora-modules a=x b=y`, and `MODEL --served-model-name a b`: a name looks like a model, so MODEL has to come first.
+    """
+    model_first = not "".join(arguments[:1]).startswith("-")
     expanded: list[str] = []
-    in_list = False
+    flag = ""
     for position, argument in enumerate(arguments):
-        if argument == "--lora-modules" and "=" in "".join(arguments[position + 1 : position + 2]):
-            in_list = True
+        after = "".join(arguments[position + 1 : position + 2])
+        if _in_list(argument, after, model_first):
+            flag = argument
             continue
-        in_list = in_list and "=" in argument and not argument.startswith("-")
-        expanded.append(f"--lora-modules={argument}" if in_list else argument)
+        flag = flag if _in_list(flag, argument, model_first) else ""
+        expanded.append(f"{flag}={argument}" if flag else argument)
     return expanded
+
+
+def _in_list(flag: str, word: str, model_first: bool) -> bool:
+    if not word or word.startswith("-"):
+        return False
+    return (flag == "--lora-modules" and "=" in word) or (flag == "--served-model-name" and model_first)
 
 
 def _config_path(flags: Sequence[str]) -> Path | None:

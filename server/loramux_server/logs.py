@@ -19,10 +19,10 @@ LogFormat = Literal["text", "json"]
 Process = Literal["front", "worker"]
 
 _access = logging.getLogger("loramux.access")
-_NOISY = ("httpx", "httpx2", "watchfiles", "urllib3")
+_NOISY = ("httpx", "httpx2", "watchfiles", "urllib3", "uvicorn.error")
 _OWN_HANDLERS = ("transformers", "huggingface_hub")  # print by themselves, each in its own format
 # Asked every few seconds by machines; what they are told is in the metrics.
-_QUIET_ROUTES = frozenset({"/health", "/metrics"})
+_QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})
 
 
 def set_up_logging(
@@ -118,5 +118,6 @@ def access_fields(request: ObservedRequest) -> dict[str, object]:
         "adapter": request.adapter,
         "generation": request.generation,
         "error_code": request.error_code,
+        "key_id": request.key_id,
     }
     return fields | {key: value for key, value in optional.items() if value is not None}

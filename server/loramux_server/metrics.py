@@ -26,6 +26,7 @@ from loramux_server.observed import current_request
 from loramux_server.prefix_cache_metrics import PrefixCacheMetrics
 from loramux_server.service_metrics import ServiceMetrics
 from loramux_server.training_metrics import TrainingMetrics
+from loramux_server.usage import Usage
 
 BASE = "_base"
 OTHER = "_other"
@@ -59,6 +60,7 @@ class Metrics:
         self.service = ServiceMetrics(registry)
         self.adapters = AdapterMetrics(registry, max_loras=max_loras)
         self.training = TrainingMetrics(registry)
+        self.usage = Usage()
         self._batch_size = _histogram(registry, "batch_size", "Tokens in a step", _BATCH_BUCKETS)
         self._batch_adapters = _histogram(
             registry, "batch_adapters", "Distinct adapters in a step", _ADAPTERS_BUCKETS
@@ -89,6 +91,8 @@ class Metrics:
     @contextmanager
     def request(self, adapter: str | None, prompt_tokens: int) -> Iterator[TrackedSequence]:
         """Count one sequence from its submission to its end, however it ends. None is the base."""
+        if adapter is not None:
+            self.usage.began(adapter)
         label = BASE if adapter is None else self._labels.of(adapter)
         self._prompt.labels(label).inc(prompt_tokens)
         tracked = TrackedSequence(self, adapter, label, prompt_tokens)
@@ -111,6 +115,7 @@ class Metrics:
 
     def adapter_deleted(self, name: str) -> None:
         """Drop the series of an adapter that no longer exists."""
+        self.usage.forget(name)
         if not self._labels.forget(name):
             return
         for counter in (self._prompt, self._generated):

@@ -26,6 +26,7 @@ class ObservedRequest:
     route: str = UNMATCHED
     status: int = CLIENT_LEFT  # until one was sent
     error_code: str | None = None
+    key_id: str | None = None  # of the key that let it in, never the key
     failed: bool = False  # by a fault of the server, also after the answer had begun
     adapter: str | None = None  # as it is registered; None: the base, or nothing was generated
     generation: str | None = None

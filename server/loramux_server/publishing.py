@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
+from loramux_adapters.access import Access
 from loramux_adapters.adapter_files import GateLimits
-from loramux_adapters.errors import AdapterConflict, EngineError, InvalidAdapter, UnknownAdapter
+from loramux_adapters.errors import AccessDenied, AdapterConflict, EngineError, InvalidAdapter, UnknownAdapter
 from loramux_adapters.files import storage_error
 from loramux_adapters.leases import Claim
 from loramux_adapters.probe import Probe
@@ -25,6 +26,7 @@ from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import AdapterRef
 from loramux_server.metrics import Metrics
 from loramux_server.pins import Pins
+from loramux_server.quotas import Quotas
 
 MAX_GATES = 2  # adapters read into memory at once
 
@@ -36,6 +38,7 @@ class Options:
     overwrite: bool = False
     verify: bool = True
     allow_noop: bool = False  # publish it though it changes nothing
+    within_quota: bool = True  # False: counted, never refused
     pinned: bool | None = None
     description: str | None = None
     metadata: Mapping[str, object] | None = None
@@ -62,6 +65,12 @@ class _Candidate:
     claim: Claim
 
 
+def check_pinning(options: Options, access: Access) -> None:
+    """Places that are pinned are taken from everybody. Raises AccessDenied."""
+    if options.pinned and not access.is_operator:
+        raise AccessDenied("pinned: only an admin key may keep an adapter on the device", param="pinned")
+
+
 class Publisher:
     def __init__(
         self,
@@ -71,6 +80,7 @@ class Publisher:
         geometry: BaseGeometry,
         probe: Probe,
         pins: Pins,
+        quotas: Quotas,
         changing: Lock,
     ) -> None:
         """`changing` guards what may be pinned against other changes of names."""
@@ -80,19 +90,21 @@ class Publisher:
         self._geometry = geometry
         self._probe = probe
         self._pins = pins
+        self._quotas = quotas
         self._changing = changing
         self._gates = asyncio.Semaphore(MAX_GATES)
 
     async def publish(
-        self, name: str, stage: Callable[[], Staged], options: Options, limits: GateLimits
+        self, name: str, stage: Callable[[], Staged], options: Options, limits: GateLimits, access: Access
     ) -> Published:
         """Pass what `stage` brings through the gate, verify it and point the name at it. `stage` runs on a thread.
 
         Raises InvalidAdapter with every fault or with what verification found, AdapterConflict for the name or the pin,
-        RequestError, StorageError, EngineError if the worker cannot verify now, and AdapterUnavailable when a source
-        cannot be reached.
+        AccessDenied for what `access` may not do, QuotaExceeded, RequestError, StorageError, EngineError if the worker
+        cannot verify now, and AdapterUnavailable when a source cannot be reached.
         """
         self._registry.check_name(name)
+        await asyncio.to_thread(self._check, name, None, options, access)
         if options.verify and self._engine.state not in ("ready", "draining"):
             raise EngineError(f"the engine is {self._engine.state}, and verifies uploads; try again shortly")
         with await asyncio.to_thread(self._stage, name, stage) as staged:
@@ -100,7 +112,7 @@ class Publisher:
                 candidate = await asyncio.to_thread(self._store, name, staged, options, limits)
         try:
             await self._verify(name, candidate.generation, options)
-            record = await asyncio.to_thread(self._point, name, candidate, options)
+            record = await asyncio.to_thread(self._point, name, candidate, options, access)
         finally:
             await asyncio.to_thread(candidate.claim.release)
         return Published(record, candidate.warnings)
@@ -158,8 +170,16 @@ class Publisher:
         if current.generation != generation:
             raise AdapterConflict(f"name: '{name}' is taken; set overwrite to replace it", param="name")
 
-    def _point(self, name: str, candidate: _Candidate, options: Options) -> AdapterRecord:
+    def _check(self, name: str, generation: str | None, options: Options, access: Access) -> None:
+        """May it be published, as far as is known? `_point` decides."""
+        check_pinning(options, access)
+        self._registry.check_change(name, access)
+        if options.within_quota:
+            self._quotas.check(access, name, generation)
+
+    def _point(self, name: str, candidate: _Candidate, options: Options, access: Access) -> AdapterRecord:
         with self._changing:
+            self._check(name, candidate.generation, options, access)
             if options.pinned:
                 self._pins.check(name, candidate.rank)
             return self._registry.put(
@@ -167,6 +187,7 @@ class Publisher:
                 candidate.generation,
                 source=candidate.source,
                 origin=candidate.origin,
+                access=access,
                 overwrite=options.overwrite,
                 pinned=options.pinned,
                 description=options.description,

@@ -1,8 +1,8 @@
 """`loramux serve`: from a configuration to a running server, and down again without losing a request.
 
-Order at start: take the port, fetch the demo model if asked for, start the worker and read the tokenizer beside it, open
-the adapter registry, then listen. At SIGTERM or Ctrl-C: refuse new requests with 503, let running ones finish within the
-grace period, stop the worker. A second signal stops at once.
+Order at start: take the port, fetch the demo model if asked for, listen (503 until ready), start the worker and read the
+tokenizer beside it, open the adapter registry, then answer. At SIGTERM or Ctrl-C: refuse new requests with 503, let running
+ones finish within the grace period, stop the worker. A second signal stops at once (`front_door.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import uvicorn
 from loramux_adapters import __version__
 from loramux_adapters.errors import BaseModelError, ConfigError
 from loramux_adapters.probe import Probe
+from loramux_adapters.training.tensorboard import check_tensorboard
 from loramux_server.api.app import ApiSettings, create_app
-from loramux_server.banner import banner
-from loramux_server.base.demo import ensure_demo_model
+from loramux_server.banner import banner, exposure
+from loramux_server.base.demo import default_cache_dir, ensure_demo_model
 from loramux_server.base.location import check_location
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.config import ServeConfig
@@ -33,8 +34,12 @@ from loramux_server.engine.options import WorkerOptions
 from loramux_server.exports.base import served_base
 from loramux_server.exports.manager import ExportManager
 from loramux_server.folders import AdapterFolders
+from loramux_server.front_door import FrontDoor, drain
+from loramux_server.keys.guard import Guard, open_guard
+from loramux_server.keys.limits import Limits
 from loramux_server.logs import adopt_libraries, set_up_logging
 from loramux_server.metrics import Metrics
+from loramux_server.quotas import Quota
 from loramux_server.tracing import Tracing
 from loramux_server.training.manager import JobManager
 
@@ -44,17 +49,11 @@ logger = logging.getLogger("loramux")
 _PROBE_TOKENS = 32
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: draining is ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 def run(config: ServeConfig) -> None:
     """Serve until stopped. Raises LoramuxError if it cannot start."""
     set_up_logging(config.log_level, config.log_format, "front")
+    if config.tensorboard is not None:
+        check_tensorboard()
     listener = _take_port(config.host, config.port)
     with contextlib.closing(listener), _traced(config) as tracing:
         if config.is_demo:
@@ -63,18 +62,27 @@ def run(config: ServeConfig) -> None:
             model = config.model
             check_location(model)
         uvicorn_loop = uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
-        with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
-            runner.run(_serve(config, model, listener, tracing))
+        with _guarded(config) as guard, asyncio.Runner(loop_factory=uvicorn_loop) as runner:
+            runner.run(_serve(config, model, listener, guard, tracing))
 
 
-async def _serve(config: ServeConfig, model: str, listener: socket.socket, tracing: Tracing | None) -> None:
-    client = WorkerClient(_worker_options(config, model), max_queued=config.max_queued)
+async def _serve(
+    config: ServeConfig, model: str, listener: socket.socket, guard: Guard, tracing: Tracing | None
+) -> None:
+    client = WorkerClient(
+        _worker_options(config, model),
+        max_queued=config.max_queued,
+        request_timeout=config.request_timeout,
+        hang_timeout=config.hang_timeout,
+    )
     metrics = Metrics(max_loras=config.max_loras)
+    door = FrontDoor(listener, metrics, tracing)
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     catalog: AdapterCatalog | None = None
     jobs: JobManager | None = None
+    door.start()
     started = asyncio.create_task(client.start())
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -83,39 +91,31 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket, traci
         if stop.is_set():
             return
         ready = started.result()
-        catalog = AdapterCatalog(
-            config.data_dir,
-            client,
-            metrics,
-            reserved=config.names,
-            max_lora_rank=config.max_lora_rank,
-            max_file_bytes=config.max_adapter_size,
-            probe=Probe.of_texts(tokenizer, length=min(_PROBE_TOKENS, ready.max_model_len)),
-        )
+        catalog = _open_catalog(config, client, metrics, tokenizer)
         folders = AdapterFolders(catalog, config.adapter_dir)
         await asyncio.to_thread(_import_adapters, folders, config)
         await catalog.keep_pinned()
         exports = await asyncio.to_thread(_open_exports, config, model, catalog)
-        jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog)
+        jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog, config.tensorboard)
         metrics.describe(
             version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
         )
-        settings = ApiSettings(
-            served_model_names=tuple(config.names),
-            version=__version__,
-            max_body_bytes=config.max_body_size,
-            adapter_roots=tuple(config.adapter_dir),
-        )
         app = create_app(
-            engine=client, adapters=catalog.registry, tokenizer=tokenizer, settings=settings, metrics=metrics,
-            chat_template=template, catalog=catalog, exports=exports, jobs=jobs, tracing=tracing,
+            engine=client, adapters=catalog.registry, tokenizer=tokenizer, settings=_api_settings(config), metrics=metrics,
+            chat_template=template, catalog=catalog, exports=exports, jobs=jobs, guard=guard, tracing=tracing,
         )  # fmt: skip
         metrics.service.watch(client, config.data_dir, exports.counts)
         keeping = [asyncio.create_task(catalog.maintain())]
         if config.adapter_dir:
             keeping.append(asyncio.create_task(folders.watch()))
+        exports.start()
+        jobs.start()
+        door.open(app)
         names = [record.name for record in catalog.registry.list()]
-        await _listen(app, config, client, exports, jobs, listener, stop, names)
+        _say_ready(config, door.url, names, exposed=listener.getsockname()[0] if guard.keys.is_open else None)
+        await stop.wait()
+        stop.clear()
+        await drain(door, client, exports, jobs, grace=config.grace, again=stop)
         for keeper in keeping:
             keeper.cancel()
         await asyncio.gather(*keeping, return_exceptions=True)
@@ -124,50 +124,53 @@ async def _serve(config: ServeConfig, model: str, listener: socket.socket, traci
             task.cancel()
         await asyncio.gather(started, stopped, return_exceptions=True)
         await client.close()
+        await door.close()
         if jobs is not None:
             jobs.close()
         if catalog is not None:
             catalog.close()
 
 
-async def _listen(
-    app: Any,
-    config: ServeConfig,
-    client: WorkerClient,
-    exports: ExportManager,
-    jobs: JobManager,
-    listener: socket.socket,
-    stop: asyncio.Event,
-    adapters: list[str],
-) -> None:
-    exports.start()
-    jobs.start()
-    settings = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False
+def _open_catalog(
+    config: ServeConfig, client: WorkerClient, metrics: Metrics, tokenizer: Any
+) -> AdapterCatalog:
+    return AdapterCatalog(
+        config.data_dir,
+        client,
+        metrics,
+        reserved=config.names,
+        max_lora_rank=config.max_lora_rank,
+        max_file_bytes=config.max_adapter_size,
+        probe=Probe.of_texts(tokenizer, length=min(_PROBE_TOKENS, client.ready.max_model_len)),
+        quota=Quota(adapters=config.max_adapters_per_tenant, num_bytes=config.max_adapter_bytes_per_tenant),
     )
-    server = _Server(settings)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    host, port = listener.getsockname()[:2]
-    logger.info("ready on http://%s:%d", host, port)
+
+
+def _api_settings(config: ServeConfig) -> ApiSettings:
+    return ApiSettings(
+        served_model_names=tuple(config.names),
+        version=__version__,
+        max_body_bytes=config.max_body_size,
+        adapter_roots=tuple(config.adapter_dir),
+    )
+
+
+def _say_ready(config: ServeConfig, url: str, adapters: list[str], *, exposed: str | None) -> None:
+    """`exposed` is the address that everybody may use, as there are no keys."""
+    logger.info("ready on %s", url)
     if config.log_format == "text":
-        banner(f"http://{host}:{port}", config.names[0], adapters)
-    await stop.wait()
-    logger.info("draining: %d requests in flight, at most %g s", client.in_flight, config.grace)
-    client.drain()
-    await exports.close()
-    stop.clear()
-    saved = asyncio.create_task(jobs.stop(config.grace))
-    idle = asyncio.create_task(client.wait_idle(config.grace))
-    again = asyncio.create_task(stop.wait())
-    for task in (saved, idle):
-        await asyncio.wait({task, again}, return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True
-    if not client.in_flight:  # an upload that is coming in gets the same time
-        await asyncio.wait({serving, again}, timeout=config.grace, return_when=asyncio.FIRST_COMPLETED)
-    for task in (saved, idle, again):
-        task.cancel()
-    server.force_exit = True
-    await serving
+        banner(url, config.names[0], adapters, needs_key=exposed is None)
+    if exposed is not None and (warning := exposure(exposed)):
+        logger.warning(warning)
+
+
+def _guarded(config: ServeConfig) -> contextlib.AbstractContextManager[Guard]:
+    limits = Limits(
+        requests_per_minute=config.rate_limit_requests,
+        tokens_per_minute=config.rate_limit_tokens,
+        queued=config.max_queued_per_key,
+    )
+    return open_guard(config.data_dir, [key.get_secret_value() for key in config.api_key], limits)
 
 
 @contextlib.contextmanager
@@ -254,6 +257,7 @@ def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         device=config.device,
         dtype=config.dtype,
         quantization=config.quantization,
+        nf4_cache=str(default_cache_dir().absolute() / "nf4") if config.nf4_cache else None,
         seed=config.seed,
         threads=config.threads,
         max_model_len=config.max_model_len,

@@ -6,6 +6,7 @@ Uploads are streamed from disk. Raises RequestError with the server's own senten
 from __future__ import annotations
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
@@ -21,6 +22,12 @@ from loramux_adapters.files import CHUNK
 Object = dict[str, Any]
 
 _TIMEOUT_S = 600
+
+
+def credentials() -> dict[str, str]:
+    """The header with the key of the environment, if there is one."""
+    key = os.environ.get("LORAMUX_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 class ServerClient:
@@ -67,7 +74,7 @@ class ServerClient:
     @contextmanager
     def _answering(self, method: str, path: str, data: Any, headers: Mapping[str, str]) -> Iterator[Any]:
         address = f"{self._url}{self.root}{path}"
-        request = urllib.request.Request(address, data, dict(headers), method=method)
+        request = urllib.request.Request(address, data, {**credentials(), **headers}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 yield response

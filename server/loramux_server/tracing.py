@@ -22,7 +22,7 @@ _OPERATIONS: Mapping[str, str] = {
     "/v1/responses": "chat",
     "/v1/completions": "text_completion",
 }
-_UNTRACED = frozenset({"/health", "/metrics"})
+_UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 _EXPORT_TIMEOUT_S = 5
 _NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 

@@ -15,7 +15,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from loramux_adapters.errors import AdapterConflict, RequestError, StorageError, UnknownAdapter
+from loramux_adapters.access import OPERATOR, Access
+from loramux_adapters.errors import (
+    AccessDenied,
+    AdapterConflict,
+    NameTaken,
+    RequestError,
+    StorageError,
+    UnknownAdapter,
+)
 from loramux_adapters.registry import AdapterRegistry, Lease, Scanned
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.store import GenerationStore
@@ -52,7 +60,7 @@ def test_put_get_and_reopen(registry: AdapterRegistry, generations: list[str], t
         generations[0],
         source="hub",
         origin="hf://org/sql@abc",
-        owner="tenant-1",
+        access=Access("tenant-1"),
         pinned=True,
         description="writes SQL — ümlaut",
         metadata={"ticket": 7, "nested": {"a": [1, None]}},
@@ -112,9 +120,48 @@ def test_without_overwrite_a_taken_name_is_a_conflict(
 
 
 def test_another_owner_cannot_take_a_name(registry: AdapterRegistry, generations: list[str]) -> None:
-    registry.put("a", generations[0], source="upload", owner="one")
-    with pytest.raises(AdapterConflict, match="belongs to another owner"):
-        registry.put("a", generations[0], source="upload", owner="two")
+    one, two = Access("one"), Access("two")
+    registry.put("a", generations[0], source="upload", access=one)
+    with pytest.raises(NameTaken, match="name: 'a' is taken; choose another name") as caught:
+        registry.put("a", generations[0], source="upload", access=two)
+    assert "one" not in caught.value.message
+    assert registry.put("a", generations[1], source="upload", access=OPERATOR).owner == "one"
+
+
+def test_what_an_owner_may_not_see_does_not_exist_for_others(
+    registry: AdapterRegistry, generations: list[str]
+) -> None:
+    one, two = Access("one"), Access("two")
+    for name, access in (("ones", one), ("shared", OPERATOR), ("twos", two)):
+        registry.put(name, generations[0], source="upload", access=access)
+    assert [record.name for record in registry.list(access=one)] == ["ones", "shared"]
+    assert [record.name for record in registry.list(after="ones", limit=1, access=two)] == ["shared"]
+    assert len(registry.list(access=OPERATOR)) == 3
+    pinned = f"twos@{generations[0][:8]}"
+    for model in ("twos", pinned, f"twos@{'0' * 8}"):
+        for ask in (registry.resolve, registry.lease):
+            with pytest.raises(UnknownAdapter) as caught:
+                ask(model, one)
+            name = model.partition("@")[0]
+            assert caught.value.message == f"model: there is no adapter named '{name}'"
+    assert registry.in_use("twos") == 0
+    changes: list[Callable[[str, Access], object]] = [
+        lambda name, access: registry.update(name, access, description="x"),
+        lambda name, access: registry.rollback(name, None, access),
+        registry.delete,
+        registry.get,
+    ]
+    for change in changes:
+        with pytest.raises(UnknownAdapter, match="there is no adapter named 'twos'"):
+            change("twos", one)
+    for change in changes[:-1]:
+        with pytest.raises(AccessDenied, match="'shared' is shared"):
+            change("shared", one)
+    with pytest.raises(AccessDenied, match="'shared' is shared"):
+        registry.put("shared", generations[1], source="upload", access=one)
+    registry.delete("ones", one)
+    registry.delete("twos", OPERATOR)
+    assert [record.name for record in registry.list()] == ["shared"]
 
 
 def test_only_published_generations_get_names(registry: AdapterRegistry) -> None:
@@ -355,7 +402,7 @@ def test_a_failed_write_changes_nothing(
 
 def test_what_is_no_database_is_refused(tmp_path: Path, store: GenerationStore) -> None:
     (tmp_path / "broken.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(StorageError, match="the adapter registry cannot be opened"):
+    with pytest.raises(StorageError, match="the adapter registry is damaged"):
         AdapterRegistry(tmp_path / "broken.db", store)
 
 

@@ -23,6 +23,7 @@ from loramux_adapters.adapter_files import ADAPTER_FILES
 from loramux_adapters.errors import EngineError
 from loramux_adapters.probe import Probe
 from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.training.memory import DecoderShape
 from loramux_adapters.verify.facts import summarize, update_norm
 from loramux_adapters.verify_report import ModuleFacts, Verdict, VerifyReport
 from loramux_adapters.weights import LoraWeights
@@ -35,6 +36,10 @@ from tests.api.conftest import FakeEngine
 
 Files = dict[str, bytes]
 PROBE = Probe(((1, 2, 3),), "three tokens")
+
+
+# of the model that tiny_geometry is of
+DECODER = DecoderShape(64, 128, 2, 320, 64, 32)
 
 
 @dataclass
@@ -67,6 +72,8 @@ class TinyEngine(FakeEngine):
             base_name=self.geometry.name,
             base_identity=self.geometry.identity,
             linear_shapes=dict(self.geometry.linear_shapes),
+            decoder=DECODER,
+            context_length=512,
         )
 
 

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loramux_adapters.access import Access
 from loramux_adapters.errors import LoramuxError, UnknownAdapter
 from loramux_adapters.probe import Probe
 from loramux_adapters.verify_report import VerifyReport
@@ -93,6 +94,7 @@ class FakeEngine:
     delay: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
     state: EngineState = "ready"
+    stall: str | None = None
     stats: EngineStats | None = None
     not_ready: LoramuxError | None = None
     calls: list[Call] = field(default_factory=list)
@@ -180,6 +182,7 @@ class FakeRecord:
     created: float = 1_700_000_000.5
     default_sampling: Mapping[str, object] = field(default_factory=dict)
     metadata: Mapping[str, object] = field(default_factory=dict)
+    owner: str = ""
 
 
 class FakeLease:
@@ -205,20 +208,19 @@ class FakeAdapters:
         self.store = FakePaths()
         self.leased: list[str] = []
 
-    def list(self, after: str | None = None, limit: int = 100) -> Sequence[FakeRecord]:
-        return [record for name, record in sorted(self.records.items()) if after is None or name > after][
-            :limit
-        ]
+    def list(self, after: str | None, limit: int, access: Access) -> Sequence[FakeRecord]:
+        seen = [record for _, record in sorted(self.records.items()) if access.sees(record.owner)]
+        return [record for record in seen if after is None or record.name > after][:limit]
 
-    def resolve(self, model: str) -> FakeRecord:
+    def resolve(self, model: str, access: Access) -> FakeRecord:
         name, _, pin = model.partition("@")
         record = self.records.get(name)
-        if record is None or not record.generation.startswith(pin):
+        if record is None or not access.sees(record.owner) or not record.generation.startswith(pin):
             raise UnknownAdapter(f"no {model}")
         return record
 
-    def lease(self, model: str) -> FakeLease:
-        return FakeLease(self, self.resolve(model))
+    def lease(self, model: str, access: Access) -> FakeLease:
+        return FakeLease(self, self.resolve(model, access))
 
 
 @dataclass

@@ -21,6 +21,7 @@ import asyncio, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
+from loramux_adapters.access import OPERATOR
 from loramux_adapters.sources import stage_directory
 from loramux_adapters.spec import AdapterSpec
 from loramux_adapters.weights import LoraWeights
@@ -56,7 +57,9 @@ async def main():
             tensors = {n: (torch.randn(4, 64, generator=draw), torch.randn(64, 4, generator=draw)) for n in shapes}
             LoraWeights(AdapterSpec(r=4, lora_alpha=8, target_modules=("q_proj",)), tensors).write(source)
             stage = lambda: stage_directory(source, catalog.staging)
-            published = await catalog.publish(f"w{worker}/{number % 5}", stage, Options(overwrite=True))
+            published = await catalog.publish(
+                f"w{worker}/{number % 5}", stage, Options(overwrite=True), OPERATOR
+            )
             print(published.record.name, published.record.generation, flush=True)
     print("ready", flush=True)
     await asyncio.gather(upload(0), upload(1))

@@ -11,8 +11,15 @@ import httpx
 import pytest
 
 from loramux_adapters import errors
-from loramux_adapters.errors import AdapterUnavailable, EngineError, LoramuxError, Overloaded
-from loramux_server.api.errors import STATUSES, reply_to
+from loramux_adapters.errors import (
+    AdapterUnavailable,
+    EngineError,
+    LoramuxError,
+    NameTaken,
+    Overloaded,
+    QueueFull,
+)
+from loramux_server.api.errors import FINAL, STATUSES, reply_to
 from loramux_server.engine.messages import TokenOutput
 from tests.api.conftest import Call, Stand
 
@@ -46,8 +53,11 @@ def test_every_exception_has_a_status() -> None:
         assert ("what happened" in reply.error.message) == known
 
 
-def test_no_conflict_is_answered_409() -> None:
-    assert 409 not in {status for status, _ in STATUSES.values()}
+def test_a_conflict_is_answered_409_only_where_clients_are_told_not_to_repeat() -> None:
+    assert [error for error, (status, _) in STATUSES.items() if status == 409] == [NameTaken]
+    assert NameTaken in FINAL
+    reply = reply_to(NameTaken("name: 'x' is taken; choose another name", param="name"), "req_1")
+    assert (reply.status, reply.headers["x-should-retry"]) == (409, "false")
     assert reply_to(errors.AdapterConflict("taken"), "").status == 400
 
 
@@ -82,14 +92,14 @@ async def test_every_route_answers_nonsense_with_the_envelope(
             response = await client.post(path, json={})
             assert response.status_code == 400
             assert envelope(response)["param"]
-        elif path not in ("/version", "/metrics"):
+        elif path not in ("/version", "/metrics", "/health"):
             response = await client.get(path)
             assert response.status_code == (404 if "nobody" in path else 503)
             envelope(response)
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/models/", "/v1/chat/completions/", "/v1/embeddings", "/docs"]
+    "path", ["/nothing", "/v1", "/v1/models/", "/v1/chat/completions/", "/v1/embeddings", "/docs"]
 )
 async def test_unknown_routes(client: httpx.AsyncClient, path: str) -> None:
     response = await client.get(path)
@@ -120,7 +130,8 @@ async def test_an_unknown_model_never_falls_back(client: httpx.AsyncClient, stan
 @pytest.mark.parametrize(
     ("error", "status", "code", "retry"),
     [
-        (Overloaded("the queue is full"), 429, "overloaded", "1"),
+        (Overloaded("16 uploads are being received already"), 429, "overloaded", "1"),
+        (QueueFull("the queue is full"), 503, "queue_full", "1"),
         (EngineError("restarting"), 503, "engine_unavailable", "5"),
         (AdapterUnavailable("no room"), 503, "adapter_unavailable", "5"),
     ],

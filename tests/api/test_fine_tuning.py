@@ -340,17 +340,17 @@ async def test_what_the_trainer_refuses_names_the_field_as_it_was_written(make: 
         "any",
         "failed",
         0,
-        "max_seq_length 9999 is more than the base's",
-        "invalid_training",
-        "max_seq_length",
+        "training needs about 9 GiB",
+        "not_enough_memory",
+        "batch_size",
     )
-    job = await stand.until(await stand.create(method=method(max_seq_length=9999)), "failed")
+    job = await stand.until(await stand.create(method=method(batch_size=99)), "failed")
     assert job["error"] == {
-        "code": "invalid_training",
-        "message": "max_seq_length 9999 is more than the base's",
-        "param": "method.supervised.hyperparameters.max_seq_length",
+        "code": "not_enough_memory",
+        "message": "training needs about 9 GiB",
+        "param": "method.supervised.hyperparameters.batch_size",
     }
-    assert (await stand.messages(job))[-1].startswith("The job failed: max_seq_length 9999")
+    assert (await stand.messages(job))[-1].startswith("The job failed: training needs about 9 GiB")
 
 
 H = "method.supervised.hyperparameters"
@@ -397,6 +397,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str | None, str, str]] = {
     "device": ({"method": method(optimizer="adamw_8bit")}, f"{H}.optimizer", "invalid_training", "optimizer adamw_8bit"),
     "validation steps": ({"method": method(eval_steps=2)}, f"{H}.eval_steps", "invalid_training", "eval_steps needs"),
     "rank served": ({"method": method(r=32)}, f"{H}.r", "invalid_training", "r: 32 is more than the 16 that this server"),
+    "beyond the context": (
+        {"method": method(max_seq_length=513)},
+        *(f"{H}.max_seq_length", "invalid_training", "max_seq_length 513 is more than the base's context of 512 tokens"),
+    ),
     "init unknown": ({"method": method(init_from="x")}, f"{H}.init_from", "model_not_found", f"{H}.init_from: The model"),
     "init base": ({"method": method(init_from="tiny")}, f"{H}.init_from", "invalid_request", f"{H}.init_from: names"),
 }  # fmt: skip

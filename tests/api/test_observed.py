@@ -105,9 +105,9 @@ async def test_failures_and_unknown_paths(client: httpx.AsyncClient, log: io.Str
 async def test_probes_are_for_debugging_unless_they_fail(
     client: httpx.AsyncClient, stand: Stand, log: io.StringIO
 ) -> None:
-    await client.get("/health")
+    await client.get("/ready")
     stand.engine.state = "restarting"
-    await client.get("/health")
+    await client.get("/ready")
     assert [(line["status"], line["level"]) for line in access_lines(log)] == [(200, "debug"), (503, "info")]
 
 
@@ -239,6 +239,7 @@ async def test_the_base_and_other_routes(traced: httpx.AsyncClient, spans: InMem
     assert not [name for name in attributes if name.startswith("gen_ai")]
     spans.clear()
     await traced.get("/health")
+    await traced.get("/ready")
     await traced.get("/metrics")
     assert spans.get_finished_spans() == ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.api.conftest import MAX_MODEL_LEN, Stand
+from tests.api.conftest import MAX_MODEL_LEN, Stand, build, byte_level_tokenizer
 from tests.api.test_requests import chat, completion, refused
 
 
@@ -73,3 +73,32 @@ class TestTemplate:
         message = await refused(await chat(client), "messages", "no_chat_template")
         assert "/v1/completions" in message
         assert "--chat-template" in message
+
+
+class TestSuffix:
+    """What is between two texts, for a base that has the tokens for it."""
+
+    MARKERS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+    async def test_a_base_with_the_tokens(self) -> None:
+        tokenizer = byte_level_tokenizer(chat_template="x")
+        tokenizer.add_tokens(list(self.MARKERS))
+        stand = build(tokenizer)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(stand.app), base_url="http://test"
+        ) as client:
+            assert (await completion(client, prompt=["a", "b"], suffix="c")).status_code == 200
+            prompts = [tokenizer.decode(call.prompt) for call in stand.engine.calls]
+            assert prompts == [f"<fim_prefix>{before}<fim_suffix>c<fim_middle>" for before in "ab"]
+            assert len(stand.engine.calls[0].prompt) == 5
+            for fields, param in (({"prompt": [5]}, "suffix"), ({"prompt": "a", "echo": True}, "suffix")):
+                await refused(await completion(client, suffix="c", **fields), param)
+            response = await completion(client, prompt="a", suffix="c" * MAX_MODEL_LEN)
+            await refused(response, "prompt", "context_length_exceeded")
+
+    async def test_a_base_without_them(self, client: httpx.AsyncClient, stand: Stand) -> None:
+        response = await completion(client, prompt="a", suffix="c")
+        assert "no tokens for filling in" in await refused(response, "suffix", "unsupported_parameter")
+        for nothing in ("", None):
+            assert (await completion(client, prompt="a", suffix=nothing)).status_code == 200
+        assert all(len(call.prompt) == 1 for call in stand.engine.calls)

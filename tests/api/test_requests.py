@@ -176,7 +176,6 @@ REFUSED = {
     "modalities": ["text", "audio"],
     "prediction": {"type": "content", "content": "x"},
     "store": True,
-    "suffix": "x",
     "guided_json": {},
     "skip_special_tokens": False,
     "echo": True,

@@ -13,14 +13,25 @@ from loramux_server.engine.interface import EngineState
 from tests.api.conftest import Stand
 
 
-async def test_health_follows_the_engine(client: httpx.AsyncClient, stand: Stand) -> None:
-    assert (await client.get("/health")).json() == {"status": "ready"}
+async def test_ready_follows_the_engine_and_health_does_not(client: httpx.AsyncClient, stand: Stand) -> None:
+    assert (await client.get("/ready")).json() == {"status": "ready"}
     states: list[EngineState] = ["starting", "restarting", "draining", "dead"]
     for state in states:
         stand.engine.state = state
-        response = await client.get("/health")
+        response = await client.get("/ready")
         assert (response.status_code, response.headers["retry-after"]) == (503, "5")
         assert state in response.json()["error"]["message"]
+        assert (await client.get("/health")).json() == {"status": "live"}
+
+
+async def test_a_worker_that_stands_still_is_neither_live_nor_ready(
+    client: httpx.AsyncClient, stand: Stand
+) -> None:
+    stand.engine.stall = "the worker has not moved for 61 s"
+    for path in ("/health", "/ready"):
+        response = await client.get(path)
+        assert response.status_code == 503
+        assert response.json()["error"]["message"] == stand.engine.stall
 
 
 async def test_version(client: httpx.AsyncClient) -> None:
@@ -58,6 +69,7 @@ async def test_the_document_describes_bodies_and_answers(client: httpx.AsyncClie
         ("/v1/models", "ModelList"),
         ("/v1/models/pirate", "ModelCard"),
         ("/health", "Health"),
+        ("/ready", "Readiness"),
     ):
         conforms((await client.get(path)).json(), answer)
     conforms((await client.get("/v1/models/nobody")).json(), "ErrorEnvelope")

@@ -19,7 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from loramux_adapters import store
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, GateLimits
 from loramux_server.api.idempotency import Idempotency
-from loramux_server.api.uploads import MAX_FIELD_BYTES, UploadTimeout, max_body_bytes, receive_upload
+from loramux_server.api.pace import BodyTimeout
+from loramux_server.api.uploads import MAX_FIELD_BYTES, max_body_bytes, receive_upload
 from tests.adapters.conftest import AdapterFiles, adapter_files, make_lora_weights, tiny_geometry
 from tests.adapters.test_gate import CASES, LIMITS
 from tests.api.catalog_support import (
@@ -202,7 +203,7 @@ async def test_a_stalled_upload_ends(tmp_path: Path) -> None:
         yield part("name", b"a")
         await asyncio.sleep(60)
 
-    with pytest.raises(UploadTimeout):
+    with pytest.raises(BodyTimeout):
         async with receive_upload(request(stalls()), tmp_path, GateLimits(), idle_s=0.05):
             pytest.fail("it has not ended")
     assert list(tmp_path.iterdir()) == []

@@ -291,9 +291,9 @@ class TrainingStand:
             await asyncio.sleep(0.01)
 
     async def idle(self) -> None:
-        """Until nothing is trained."""
+        """Until nothing is trained, and what the last job left is tidied up."""
         deadline = time.monotonic() + PATIENCE_S
-        while self.engine.training is not None:
+        while self.engine.training is not None or self.jobs._current is not None:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
 

@@ -52,7 +52,7 @@ def start_server(directory: Path, arguments: Sequence[str]) -> Server:
     # Threads that spin at every barrier take the core from whom they wait for when a test computes beside the server.
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1" if "PYTEST_XDIST_WORKER" in os.environ else "2",
         "GOMP_SPINCOUNT": "1000",
         "PYTHONUNBUFFERED": "1",
     }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import kubernetes_validate
 import pytest
 import yaml
 
+from loramux_server.api.context import ApiContext
+from loramux_server.api.routes.service import service_router
 from loramux_server.config import ServeConfig, read_config
 from tests.ops.support import DEPLOY, ROOT
 
@@ -24,7 +26,8 @@ COMPOSE = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 UNIT = (DEPLOY / "systemd" / "loramux.service").read_text()
 GRACE = ServeConfig.model_fields["grace"].default
-ROUTES = {"/health", "/version", "/metrics"}
+HANG_TIMEOUT = ServeConfig.model_fields["hang_timeout"].default
+ROUTES = {getattr(route, "path", "") for route in service_router(cast(ApiContext, None)).routes}
 
 
 def served(arguments: list[str]) -> ServeConfig:
@@ -41,11 +44,12 @@ def test_kubernetes_knows_every_field(manifest: dict[str, Any]) -> None:
 def test_kubernetes_asks_routes_that_exist_and_waits_for_the_drain() -> None:
     pod = DEPLOYMENT["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    probes = [container[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")]
-    assert {probe["path"] for probe in probes} <= ROUTES
-    assert (
-        container["livenessProbe"]["httpGet"]["path"] != "/health"
-    )  # a restarting worker is not a dead front
+    start, ready, live = (container[name] for name in ("startupProbe", "readinessProbe", "livenessProbe"))
+    assert {probe["httpGet"]["path"] for probe in (start, ready, live)} <= ROUTES
+    assert start["httpGet"]["path"] == ready["httpGet"]["path"] == "/ready"
+    assert live["httpGet"]["path"] == "/health"  # a restarting worker is not a dead front
+    # /health is 503 from half of the timeout on; the server ends a worker that hangs before it is ended itself
+    assert live["periodSeconds"] * live["failureThreshold"] > HANG_TIMEOUT / 2
     assert pod["terminationGracePeriodSeconds"] > GRACE
     assert "nvidia.com/gpu" in container["resources"]["limits"]
     config = served(container["args"])
@@ -70,6 +74,9 @@ def test_compose_mounts_what_is_there_and_starts_all_three() -> None:
     config = served([word.replace("${MODEL:-demo}", "demo") for word in server["command"]])
     assert (config.host, str(config.data_dir), config.log_format) == ("0.0.0.0", "/data", "json")
     assert int(server["stop_grace_period"].removesuffix("s")) > GRACE
+    [asked] = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", server["healthcheck"]["test"][-1])
+    assert asked == "/ready"
+    assert asked in ROUTES
     assert (DEPLOY / "grafana" / "dashboards" / "loramux.json").is_file()
     overlay = yaml.safe_load((DEPLOY / "docker-compose.gpu.yml").read_text())
     assert set(overlay["services"]) <= set(COMPOSE["services"])
@@ -103,7 +110,9 @@ def test_the_image_keeps_data_outside_and_runs_as_nobody_special() -> None:
     assert "USER 10001:10001" in lines
     assert 'VOLUME ["/data", "/models"]' in lines
     assert 'ENTRYPOINT ["loramux"]' in lines
-    assert "/health" in DOCKERFILE.partition("HEALTHCHECK")[2]
+    [asked] = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", DOCKERFILE.partition("HEALTHCHECK")[2])
+    assert asked == "/health"
+    assert asked in ROUTES
     variables = dict(re.findall(r"\b(LORAMUX_\w+)=(\S+)", DOCKERFILE))
     assert variables == {"LORAMUX_CACHE_DIR": "/models/loramux", "LORAMUX_DATA_DIR": "/data"}
     assert DEPLOYMENT["spec"]["template"]["spec"]["securityContext"]["runAsUser"] == 10001

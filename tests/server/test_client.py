@@ -17,11 +17,12 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from loramux_adapters.errors import BaseModelError, EngineError, Overloaded
+from loramux_adapters.errors import BaseModelError, EngineError, QueueFull
 from loramux_server.engine import client as client_module
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.messages import AdapterRef, SamplingParams, StepOutput, TokenOutput
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.watch import Watch
 
 PROMPT = list(range(5, 25))
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -128,7 +129,7 @@ async def test_no_more_than_max_queued(client: WorkerClient) -> None:
         await anext(stream) if stream in streams[:4] else None
     waiting = [asyncio.ensure_future(anext(stream)) for stream in streams[4:]]
     await until(lambda: client.in_flight == 6)
-    with pytest.raises(Overloaded, match="6 requests"):
+    with pytest.raises(QueueFull, match="6 requests"):
         await anext(client.generate("one too many", PROMPT, GREEDY, None))
     for future in waiting:
         future.cancel()
@@ -223,7 +224,7 @@ FAKE = """
         return COMMAND_DECODER.decode(socket.recv())
 """
 
-FakeWorker = Callable[[str], WorkerClient]
+FakeWorker = Callable[..., WorkerClient]
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -232,7 +233,7 @@ async def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
     monkeypatch.setattr(client_module, "_RESTART_DELAY_S", (0.0,))
     made: list[WorkerClient] = []
 
-    def make(lines: str) -> WorkerClient:
+    def make(lines: str, **timeouts: float) -> WorkerClient:
         script = tmp_path / "worker.py"
         script.write_text(textwrap.dedent(FAKE) + textwrap.dedent(lines))
         real = asyncio.create_subprocess_exec
@@ -241,7 +242,7 @@ async def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
             "create_subprocess_exec",
             lambda executable, *_, **pipes: real(executable, str(script), **pipes),
         )
-        made.append(WorkerClient(options(tmp_path)))
+        made.append(WorkerClient(options(tmp_path), **timeouts))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -348,6 +349,116 @@ async def test_a_worker_that_does_not_come_back_at_first_is_tried_again(fake_wor
     assert output.finish == "error"
     await until(lambda: client.state == "ready")
     assert client.restarts == 3
+
+
+async def test_a_worker_that_hangs_is_ended_and_replaced(fake_worker: FakeWorker, tmp_path: Path) -> None:
+    client = fake_worker(
+        """
+        import faulthandler, signal
+        faulthandler.register(signal.SIGUSR1, Path(__file__).with_suffix(".stacks").open("a"))
+        ready()
+        hear()
+        if life == 0:
+            time.sleep(600)
+        """,
+        hang_timeout=0.4,
+    )
+    await client.start()
+    await asyncio.sleep(1)
+    assert (client.restarts, client.stall) == (0, None), "nobody waits for an idle worker"
+    unlucky = asyncio.ensure_future(collect(client, "unlucky"))
+    await until(lambda: client.stall is not None)
+    assert "the worker has not moved for 0." in str(client.stall)
+    (output,) = await unlucky
+    assert (output.finish, output.error_code) == ("error", "engine_unavailable")
+    assert "the worker has not moved for" in str(output.error)
+    await until(lambda: client.state == "ready")
+    assert (client.restarts, client.stall) == (1, None)
+    assert "worker.py" in (tmp_path / "worker.stacks").read_text(), "its stacks were not asked for"
+
+
+async def test_a_worker_that_beats_is_left_alone(fake_worker: FakeWorker) -> None:
+    """A long slice of training, or a prompt that is computed in many steps: no tokens, but signs of life."""
+    client = fake_worker(
+        """
+        from loramux_server.engine.messages import Beat
+        ready()
+        hear()
+        for _ in range(20 if life == 0 else 0):
+            time.sleep(0.1)
+            say(Beat())
+        say(Fatal(f"ended by itself in life {life}"))
+        socket.close(linger=2000)
+        """,
+        hang_timeout=0.8,
+    )
+    await client.start()
+    (output,) = await collect(client, "patient")
+    assert "ended by itself in life 0" in str(output.error)
+
+
+async def test_an_answer_that_nobody_reads_is_not_the_workers_fault(fake_worker: FakeWorker) -> None:
+    """A slow client holds its stream open long after the worker has said all there is."""
+    client = fake_worker(
+        """
+        from loramux_server.engine.messages import StepOutput, TokenOutput
+        from loramux_server.engine.stats import EngineStats
+        ready()
+        command = hear()
+        stats = EngineStats(1, 0, 0, 0, 8, 1, 1, 0, [], [])
+        say(StepOutput([TokenOutput(command.id, [5]), TokenOutput(command.id, [6], "stop")], stats))
+        hear()
+        """,
+        hang_timeout=0.4,
+    )
+    await client.start()
+    stream = client.generate("slow reader", PROMPT, GREEDY, None)
+    assert (await anext(stream)).tokens == [5]
+    await asyncio.sleep(1)
+    assert (client.restarts, client.stall, client.in_flight) == (0, None, 1)
+    assert [output.finish async for output in stream] == ["stop"]
+
+
+async def test_a_front_that_was_stopped_itself_blames_nobody() -> None:
+    watch = Watch(2.0)
+
+    async def end(reason: str) -> None:
+        raise AssertionError(reason)
+
+    running = asyncio.create_task(watch.run(lambda: 1, end))
+    await asyncio.sleep(0)
+    time.sleep(1.3)  # the whole process, event loop included
+    await asyncio.sleep(0.05)
+    assert watch.stall is None
+    running.cancel()
+    for _ in range(5):
+        watch.look(True)
+    assert watch.stall is not None
+    watch.heard()
+    watch.look(True)
+    assert watch.stall is None
+
+
+async def test_an_answer_that_takes_too_long_is_ended_and_the_worker_told(
+    fake_worker: FakeWorker, tmp_path: Path
+) -> None:
+    client = fake_worker(
+        """
+        ready()
+        hear()
+        command = hear()
+        Path(__file__).with_suffix(".heard").write_text(f"{type(command).__name__} {command.id}")
+        hear()
+        """,
+        request_timeout=0.2,
+    )
+    await client.start()
+    (output,) = await collect(client, "slow")
+    assert (output.finish, output.error_code) == ("error", "request_timeout")
+    assert "--request-timeout" in str(output.error)
+    assert client.in_flight == 0
+    heard = tmp_path / "worker.heard"
+    await until(lambda: heard.exists() and heard.read_text() == "AbortRequest slow")
 
 
 async def test_draining_outlives_a_restart(fake_worker: FakeWorker) -> None:

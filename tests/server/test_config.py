@@ -239,6 +239,27 @@ def test_lora_modules_as_vllm_takes_them(arguments: list[str]) -> None:
     assert config.lora_modules == ["a=/x", "b=/y"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["m", "--served-model-name", "a", "b"],
+        ["m", "--port", "1", "--served-model-name", "a", "b", "--enable-lora"],
+        ["m", "--served-model-name", "a", "--served-model-name", "b"],
+        ["--served-model-name", "a", "--served-model-name=b", "m"],
+        ["m", "--lora-modules", "x=/x", "--served-model-name", "a", "b", "--lora-modules", "y=/y", "z=/z"],
+    ],
+)
+def test_served_names_as_vllm_takes_them(arguments: list[str]) -> None:
+    config = read_config(arguments)
+    assert config.model == "m"
+    assert config.names == ["a", "b"]
+
+
+def test_a_model_after_its_name_is_no_name() -> None:
+    config = read_config(["--served-model-name", "a", "m"])
+    assert (config.model, config.names) == ("m", ["a"])
+
+
 def test_other_lists_repeat_their_flag() -> None:
     config = read_config(["m", "--adapter-dir", "/a", "--adapter-dir", "/b=c", "--served-model-name", "x"])
     assert config.adapter_dir == [Path("/a"), Path("/b=c")]

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from loramux_server.training.names import checkpoint_name, model_name
 from loramux_server.training.records import JobEvent
 from loramux_server.training.runner import MAX_INTERRUPTIONS
 from tests.adapters.conftest import tiny_geometry
+from tests.adapters.training.test_tensorboard import curves
+from tests.api import training_support
 from tests.api.conftest import CHATML, byte_level_tokenizer
 from tests.api.training_support import STEPS, Make, TrainingStand, make, weights_at
 
@@ -70,6 +73,20 @@ async def test_a_killed_server_goes_on_from_the_last_checkpoint(
     record = again.catalog.registry.get(done["fine_tuned_model"])
     assert record.generation == weights_at(STEPS, tiny_geometry).generation
     await again.until(waiting, "succeeded")
+
+
+async def test_a_job_leaves_its_curves_for_tensorboard(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training_support, "JobManager", partial(manager.JobManager, tensorboard=tmp_path / "logs")
+    )
+    stand = make()
+    job = await stand.create()
+    await stand.until(job, "succeeded")
+    found = curves(tmp_path / "logs" / job["id"])
+    assert set(found["train/loss"]) == set(losses(stand, job))
+    assert "train/memory_bytes" in found
 
 
 async def test_a_stopped_server_saves_first(make: Make) -> None:

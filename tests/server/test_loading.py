@@ -255,6 +255,30 @@ def test_a_config_nobody_knows(altered: Path) -> None:
     assert "not a valid JSON file" in str(refusal(altered))
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_attention_heads": 0}, "does not fit together (integer modulo by zero)"),
+        ({"num_attention_heads": 3}, "not a multiple"),
+        ({"num_key_value_heads": 0}, "does not fit together"),
+        ({"head_dim": 0}, "does not fit together"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"vocab_size": None}, "Field 'vocab_size' expected int, got NoneType"),
+        ({"dtype": 3}, "does not fit together"),
+        ({"layer_types": 1}, "does not fit together ('int' object is not iterable)"),
+        ({"architectures": 3}, "does not fit together"),
+        ({"architectures": [3]}, "is not a decoder language model (architecture: 3)"),
+        ({"quantization_config": "nf4"}, "does not fit together"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_values_that_no_model_can_have(fields: dict[str, Any], said: str, altered: Path) -> None:
+    change_config(altered, **fields)
+    error = refusal(altered)
+    assert said in str(error)
+    assert error.param == "model"
+
+
 def test_code_in_the_checkpoint_is_never_run(altered: Path) -> None:
     (altered / "modeling.py").write_text(f"open({str(altered / 'run')!r}, 'w')\n")
     change_config(

@@ -184,7 +184,7 @@ def test_a_stop_does_not_wait_for_the_budget(
     training = make_training()
     training.start(command("a", tmp_path / "a", training_file))
     drive(training, is_step(1))
-    monkeypatch.setattr(training._budget, "allows", lambda: False)
+    monkeypatch.setattr(training._budget, "allows", lambda kind: False)
     for _ in range(5):
         assert training.advance(decoding=True) == []
     training.stop(StopTraining("a", save=True))
@@ -255,10 +255,10 @@ def test_failures_are_told_and_the_next_job_is_trained(
     assert failure(training_file, {"rank": 3})[:2] == ("invalid_training", "rank")
     assert failure(training_file, {"optimizer": "adamw_8bit"})[:2] == ("invalid_training", "optimizer")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "free_memory", lambda device: 2**20)
+        patch.setattr(run_module, "free_memory", lambda device: 513 * 2**20)
         code, param, error = failure(training_file)
     assert (code, param) == ("not_enough_memory", "batch_size")
-    assert "and 1 MiB of memory are free" in error
+    assert "and 1 MiB of host memory are free" in error
 
     served = write_adapter(tmp_path / "served", engine.base.geometry, Recipe(r=4))
     assert failure(training_file, {"init_from": "served"})[:2] == ("invalid_training", "init_from")

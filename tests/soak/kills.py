@@ -161,6 +161,8 @@ class Killer:
         assert {entry.name for entry in self._front.root.iterdir()} == {"data"} | self._front.own_files
         for leftovers in ("staging", "generations/.partial"):
             assert _entries(self._front.root.glob(f"data/bases/*/{leftovers}/*")) == []
+        damaged = _entries(self._front.root.glob("data/bases/*/**/*.corrupt-*"))
+        assert damaged == [], f"a kill left what was set aside at the next start: {damaged}"
         every = {generation for sent in self.ledger.sent.values() for generation in sent}
         for folder in self._bases():
             store = GenerationStore(folder / "generations")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 
 import pytest
 
@@ -19,12 +20,12 @@ from loramux_server.base.loading import LoadOptions, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.scheduler import SchedulerLimits
 from tests.server.support import Recipe, Reference, write_adapter
-from tests.soak.churn import Churn, Expected, resident_bytes
+from tests.soak.churn import Churn, Expected, open_descriptors, resident_bytes
 
 SHORT_STEPS = 1000
 PROMPTS = [[1, *range(40, 45)], [1, *range(60, 77)], [1, *range(100, 141)]]
 TOKENS = 10
-LEAK_BYTES = 64 * 1024**2
+LEAK_MIB = 64
 
 
 @dataclass
@@ -136,13 +137,26 @@ def test_churn_for_long(
 ) -> None:
     steps: int = request.config.getoption("--steps")
     churn = Churn(engine, registry, world.adapters, PROMPTS, world.expected, seed=soak_seed)
-    started, settled = time.monotonic(), 0
+    descriptors = open_descriptors()
+    started, resident = time.monotonic(), list[tuple[float, float]]()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\nchurn: {steps} steps, seed {soak_seed}", flush=True)
         while churn.steps < steps:
             churn.run(min(10_000, steps - churn.steps), check_every=1000)
-            settled = settled or resident_bytes()
-            rate = churn.steps / (time.monotonic() - started)
+            passed = time.monotonic() - started
+            resident.append((passed / 3600, resident_bytes() / 2**20))
+            rate = churn.steps / passed
             print(f"  {churn.steps} steps, {rate:.0f} a second, {dict(churn.done)}", flush=True)
-    churn.drain()
-    assert resident_bytes() - settled < LEAK_BYTES, "memory grew while nothing did"
+        churn.drain()
+        # The first tenth fills caches.
+        settled = resident[len(resident) // 10 :]
+        grown = settled[-1][1] - settled[0][1]
+        slope = linear_regression(*zip(*settled, strict=True)).slope if len(settled) > 1 else 0.0
+        slots = sum(slot.references for slot in engine.bank.tier.slots.values())
+        print(
+            f"  resident memory: {grown:+.1f} MiB, {slope:+.1f} MiB an hour; left over: "
+            f"{open_descriptors() - descriptors} descriptors, {engine.blocks.num_used} blocks, {slots} slots",
+            flush=True,
+        )
+    assert grown < LEAK_MIB, "memory grew while nothing did"
+    assert open_descriptors() <= descriptors + 4, "descriptors leak"

@@ -27,7 +27,7 @@ def test_ten_kills_of_the_front(tmp_path: Path) -> None:
     ("damage", "sign"),
     [
         ("*.sqlite3*", "acknowledged and is gone"),
-        ("generations/??/*/adapter_config.json", "is not in the adapter store"),
+        ("generations/??/*/adapter_config.json", "was set aside"),
     ],
 )
 def test_a_loss_is_noticed(damage: str, sign: str, tmp_path: Path) -> None:

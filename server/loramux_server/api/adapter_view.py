@@ -22,8 +22,10 @@ from loramux_server.api.adapter_wire import (
     TierPlan,
     Verification,
 )
+from loramux_server.api.visible import VisibleAdapters
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.messages import EngineStats
+from loramux_server.keys.principal import current_access
 
 
 class AdapterViews:
@@ -31,13 +33,14 @@ class AdapterViews:
 
     def __init__(self, catalog: AdapterCatalog) -> None:
         self._catalog = catalog
+        self._visible = VisibleAdapters(catalog.registry)
 
     def one(self, model: str) -> Adapter:
         """By name, or by `name@generation-prefix`. Raises UnknownAdapter."""
-        return self.card(self._catalog.registry.resolve(model))
+        return self.card(self._visible.resolve(model))
 
     def page(self, after: str | None, limit: int) -> AdapterList:
-        records = self._catalog.registry.list(after=after, limit=limit + 1)
+        records = self._visible.list(after=after, limit=limit + 1)
         cards = [self._card(record, self._verdict(record.generation)) for record in records[:limit]]
         return AdapterList(
             data=cards,
@@ -52,6 +55,7 @@ class AdapterViews:
     def _card(self, record: AdapterRecord, verification: Verification | None) -> Adapter:
         manifest, damage = self._manifest(record.generation)
         stats = self._catalog.engine.stats
+        requests, last_used = self._catalog.metrics.usage.of(record.name)
         return Adapter(
             id=record.name,
             generation=record.generation,
@@ -79,6 +83,8 @@ class AdapterViews:
                 )
                 for entry in record.history
             ],
+            requests=requests,
+            last_used=None if last_used is None else int(last_used),
         )
 
     def plan(self, body: PlanBody) -> AdapterPlan:
@@ -110,8 +116,8 @@ class AdapterViews:
             if not need.rank:
                 raise RequestError("config.target_modules matches no linear of the base", param="config")
             return need
-        record = self._catalog.registry.resolve(body.name or "")
-        path = self._catalog.registry.store.path(record.generation)
+        record = self._visible.resolve(body.name or "")
+        path = self._visible.store.path(record.generation)
         spec = AdapterSpec.from_config(json.loads((path / CONFIG_FILE).read_bytes()))
         return Footprint.of_spec(spec, geometry, record.generation)
 
@@ -126,8 +132,13 @@ class AdapterViews:
         return Verification(found.outcome, int(found.checked), found.report)
 
     def _names(self) -> dict[str, str]:
-        """Generation -> a name of it."""
-        return {record.generation: record.name for record in self._catalog.registry.list(limit=sys.maxsize)}
+        """Generation -> a name of it; of those that the caller may not see, a word that tells nothing."""
+        named = {record.generation: record.name for record in self._visible.list(limit=sys.maxsize)}
+        if not current_access().is_operator:
+            stats = self._catalog.engine.stats
+            resident = [*stats.device_adapters, *stats.host_adapters] if stats else []
+            named = {**dict.fromkeys(resident, "another tenant's"), **named}
+        return named
 
     def _manifest(self, generation: str) -> tuple[Manifest | None, str]:
         try:

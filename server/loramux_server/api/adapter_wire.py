@@ -150,6 +150,8 @@ class Adapter(msgspec.Struct, tag_field="object", tag="adapter"):
     metadata: dict[str, Any]
     default_sampling: dict[str, Any]
     generations: list[GenerationEntry]
+    requests: int = 0  # since the server started
+    last_used: int | None = None
     warnings: list[str] | UnsetType = UNSET
 
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from loramux_server.api import openapi
 from loramux_server.api.context import ApiContext, ApiSettings
+from loramux_server.api.gate import Gate
 from loramux_server.api.middleware import Envelope
 from loramux_server.api.models import ModelNames
 from loramux_server.api.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -26,6 +27,7 @@ from loramux_server.api.routes.fine_tuning import (
     fine_tuning_router,
 )
 from loramux_server.api.routes.models import models_router
+from loramux_server.api.routes.page import page_router
 from loramux_server.api.routes.responses import RESPONSES_ANSWERS, responses_router
 from loramux_server.api.routes.service import service_router
 from loramux_server.api.routes.tokens import tokens_router
@@ -39,12 +41,14 @@ from loramux_server.api.wire import (
     ModelCard,
     ModelDeleted,
     ModelList,
+    Readiness,
     Tokenized,
     Version,
 )
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.interface import AdapterDirectory, EngineClient
 from loramux_server.exports.manager import ExportManager
+from loramux_server.keys.guard import Guard
 from loramux_server.metrics import Metrics
 from loramux_server.tracing import Tracing
 from loramux_server.training.manager import JobManager
@@ -63,12 +67,13 @@ def create_app(
     catalog: AdapterCatalog | None = None,
     exports: ExportManager | None = None,
     jobs: JobManager | None = None,
+    guard: Guard | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own.
 
     Without a catalogue the routes that change adapters are not there, without `exports` those that export them,
-    without `jobs` those that train them.
+    without `jobs` those that train them. Without a `guard` everybody may do everything.
     """
     api = ApiContext(
         engine=engine,
@@ -87,6 +92,7 @@ def create_app(
         *(tokens_router, service_router),
     ):
         app.include_router(router(api))
+    app.include_router(page_router())
     app.include_router(models_router(api, catalog))
     if catalog is not None:
         if exports is not None:
@@ -98,6 +104,7 @@ def create_app(
             app.include_router(fine_tuning_router(api, catalog, jobs))
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_envelope)
+    app.add_middleware(Gate, guard=guard or Guard())
     app.add_middleware(Envelope, metrics=metrics, tracing=tracing)
     openapi.install(
         app,
@@ -109,7 +116,8 @@ def create_app(
         ],
         [
             *RESPONSES_ANSWERS,
-            *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard, Health, Version),
+            *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard),
+            *(Health, Readiness, Version),
             *([*ADAPTER_ANSWERS, ModelDeleted] if catalog else ()),
             *(EXPORT_ANSWERS if exports else ()),
             *([*FILE_ANSWERS, *FINE_TUNING_ANSWERS] if jobs else ()),

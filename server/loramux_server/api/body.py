@@ -1,4 +1,4 @@
-"""Read a JSON request body strictly: bounded size and depth, unique keys, finite numbers, whole characters.
+"""Read a JSON request body strictly: bounded size, depth and time, unique keys, finite numbers, whole characters.
 
 Every fault is a 4xx with one sentence that never repeats the input. It promises a JSON object; what the
 fields mean is protocol.py's business.
@@ -14,6 +14,7 @@ from typing import NoReturn
 from starlette.requests import Request
 
 from loramux_adapters.errors import RequestError
+from loramux_server.api.pace import paced
 
 MAX_DEPTH = 64
 
@@ -38,7 +39,7 @@ async def read_object(request: Request, limit: int) -> dict[str, object]:
     _check_headers(request, limit)
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
+    async for chunk in paced(request.stream()):
         size += len(chunk)
         if size > limit:
             raise _too_large(limit)

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from loramux_adapters.errors import (
+    AccessDenied,
     AdapterConflict,
     AdapterUnavailable,
     ContextLengthExceeded,
@@ -25,8 +26,11 @@ from loramux_adapters.errors import (
     ExportError,
     InvalidAdapter,
     LoramuxError,
+    NameTaken,
     Overloaded,
+    QueueFull,
     RequestError,
+    RequestTimeout,
     StorageFull,
     TrainingError,
     UnknownAdapter,
@@ -36,8 +40,10 @@ from loramux_adapters.errors import (
 )
 from loramux_server.api.body import BodyTooLarge, HeadersTooLarge, UnsupportedMediaType
 from loramux_server.api.idempotency import KeyReused
+from loramux_server.api.pace import BodyTimeout
 from loramux_server.api.responses_store import UnknownResponse
-from loramux_server.api.uploads import CrossOrigin, UploadTimeout
+from loramux_server.api.uploads import CrossOrigin
+from loramux_server.keys.limits import RateLimited
 
 
 class NotServed(RequestError):
@@ -46,12 +52,21 @@ class NotServed(RequestError):
     code = "not_found"
 
 
-# The most specific class wins. No 409: clients retry it, and our conflicts are permanent.
+class InvalidKey(RequestError):
+    """No key, or one that opens nothing."""
+
+    code = "invalid_api_key"
+
+
+# The most specific class wins. Clients retry 409, unless told not to (FINAL): our conflicts are permanent.
 STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     RequestError: (400, "invalid_request_error"),
     KeyReused: (400, "invalid_request_error"),
+    InvalidKey: (401, "invalid_request_error"),
     CrossOrigin: (403, "invalid_request_error"),
-    UploadTimeout: (408, "invalid_request_error"),
+    AccessDenied: (403, "invalid_request_error"),
+    RateLimited: (429, "rate_limit_error"),
+    BodyTimeout: (408, "invalid_request_error"),
     NotServed: (404, "invalid_request_error"),
     UnknownResponse: (404, "invalid_request_error"),
     HeadersTooLarge: (431, "invalid_request_error"),
@@ -60,6 +75,7 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     UnknownAdapter: (404, "invalid_request_error"),
     InvalidAdapter: (400, "invalid_request_error"),
     AdapterConflict: (400, "invalid_request_error"),
+    NameTaken: (409, "invalid_request_error"),
     TrainingError: (400, "invalid_request_error"),
     ExportError: (400, "invalid_request_error"),
     UnknownExport: (404, "invalid_request_error"),
@@ -68,16 +84,25 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     AdapterUnavailable: (503, "server_error"),
     EngineError: (503, "server_error"),
     Overloaded: (429, "rate_limit_error"),
+    QueueFull: (503, "server_error"),
+    RequestTimeout: (504, "server_error"),
     StorageFull: (507, "server_error"),
 }
 RETRY_AFTER_SECONDS = {429: 1, 503: 5}
 # Clients repeat 408 and 5xx by themselves unless told not to: these do not get better by it.
-FINAL = (KeyReused, StorageFull)
+FINAL = (KeyReused, NameTaken, StorageFull, RequestTimeout)
 
 # What a request may fail with after the engine took it; it arrives as a code, not as an exception.
 _ENGINE_CODES: dict[str, type[LoramuxError]] = {
     error.code: error
-    for error in (AdapterUnavailable, UnknownAdapter, Overloaded, RequestError, ContextLengthExceeded)
+    for error in (
+        AdapterUnavailable,
+        UnknownAdapter,
+        Overloaded,
+        RequestError,
+        ContextLengthExceeded,
+        RequestTimeout,
+    )
 }
 
 
@@ -145,6 +170,8 @@ def _table_reply(error: LoramuxError, status: int, kind: str) -> ErrorReply:
     if status in RETRY_AFTER_SECONDS:
         hint = getattr(error, "retry_after", None)
         headers["retry-after"] = str(math.ceil(hint) if hint else RETRY_AFTER_SECONDS[status])
+    if isinstance(error, InvalidKey):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, FINAL):
         headers["x-should-retry"] = "false"
     body = ErrorBody(error.message, kind, error.param, error.code)

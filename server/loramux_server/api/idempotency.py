@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from loramux_adapters.errors import EngineError, RequestError
+from loramux_server.keys.principal import current_access
 
 MAX_KEYS = 1024
 KEEP_S = 24 * 3600.0
@@ -79,7 +80,8 @@ class Idempotency:
 
 
 def key_of(request: Request) -> str | None:
+    """With the tenant before it: nobody is answered what somebody else was."""
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
         raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
-    return key
+    return None if key is None else f"{current_access().owner} {key}"

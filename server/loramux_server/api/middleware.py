@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 64 * 1024
 # In the scope of a request: how its stream says that it failed, where that is not OpenAI's common way.
 FAILURE_EVENT = "loramux.failure_event"
+# In the scope of a request: headers that its answer gets, also when it is an error.
+EXTRA_HEADERS = "loramux.extra_headers"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -103,6 +105,7 @@ class _Reply:
             self._request.status = message["status"]
             self._request.generation = headers.get("x-adapter-generation")
             headers["openai-version"] = "2020-10-01"
+            headers.update(self._scope.get(EXTRA_HEADERS, {}))
         await self._send(message)
 
     async def end_with(self, answer: ErrorReply) -> None:

@@ -1,7 +1,7 @@
 """Which weights a request's `model` means.
 
 A name is, in this order: a served name of the base; an adapter's `name` or `name@generation-prefix`; the same
-with `base:` before it. Anything else is 404, never the base instead.
+with `base:` before it. Anything else is 404, never the base instead; so is an adapter that the caller may not see.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from loramux_adapters.errors import UnknownAdapter
+from loramux_adapters.access import Access
+from loramux_adapters.errors import AdapterUnavailable, StorageError, UnknownAdapter
 from loramux_server.engine.interface import AdapterDirectory, AdapterView
 from loramux_server.engine.messages import AdapterRef
+from loramux_server.keys.principal import current_access
 
 T = TypeVar("T")
 
@@ -49,10 +52,15 @@ class ModelNames:
         lease = self._first_known(name, self._adapters.lease)
         try:
             record = lease.record
-            path = self._adapters.store.path(record.generation)
-            yield Target(record.name, AdapterRef(record.generation, str(path)))
+            yield Target(record.name, AdapterRef(record.generation, str(self._path(record.generation))))
         finally:
             lease.release()
+
+    def _path(self, generation: str) -> Path:
+        try:
+            return self._adapters.store.path(generation)
+        except StorageError as error:  # of one adapter: the server is well
+            raise AdapterUnavailable(error.message) from error
 
     def with_defaults(self, values: dict[str, object]) -> dict[str, object]:
         """A request's fields, with those that its adapter brings defaults for and the request does not name."""
@@ -80,14 +88,14 @@ class ModelNames:
         return self._first_known(name, self._adapters.resolve)
 
     def adapters(self) -> Sequence[AdapterView]:
-        return self._adapters.list(limit=sys.maxsize)
+        return self._adapters.list(None, sys.maxsize, current_access())
 
-    def _first_known(self, name: str, look_up: Callable[[str], T]) -> T:
+    def _first_known(self, name: str, look_up: Callable[[str, Access], T]) -> T:
         prefixes = (f"{base}:" for base in self.base_names)
         readings = [name, *(name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix))]
         for reading in readings:
             try:
-                return look_up(reading)
+                return look_up(reading, current_access())
             except UnknownAdapter:
                 continue
         shown = name if len(name) <= 200 else f"{name[:200]}..."

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from loramux_server.api.errors import ErrorEnvelope
+from loramux_server.api.scopes import OPEN, scopes_of
 
 _REF = "#/components/schemas/{name}"
 
@@ -50,10 +51,20 @@ def install(app: FastAPI, bodies: list[type[BaseModel]], answers: list[type[msgs
                 schemas[body.__name__] = schema
             _, components = msgspec.json.schema_components([*answers, ErrorEnvelope], ref_template=_REF)
             schemas.update(components)
+            _describe_keys(document)
         return document
 
     # FastAPI's documented way to extend the document is to replace this method.
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_keys(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            if scopes_of(method.upper(), path) == OPEN:
+                operation["security"] = []
 
 
 def _ref(schema: type) -> dict[str, str]:

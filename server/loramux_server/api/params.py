@@ -5,16 +5,19 @@ Every refusal is a RequestError whose `param` is the path of the field as the ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from loramux_adapters.access import SHARED
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.api.errors import unsupported
 from loramux_server.api.protocol import SamplingBody, Strict
 from loramux_server.engine.messages import Ready, SamplingParams
+from loramux_server.keys.principal import current_access
 
 Body = TypeVar("Body", bound=SamplingBody)
 AnyBody = TypeVar("AnyBody", bound=Strict)
@@ -99,8 +102,14 @@ def sampling_params(body: SamplingBody, wanted: Wanted, max_tokens: int, base: R
         logprobs=wanted.logprobs,
         prompt_logprobs=wanted.prompt_logprobs,
         grammar=wanted.grammar,
-        cache_salt=body.cache_salt,
+        cache_salt=_salt(body.cache_salt),
     )
+
+
+def _salt(given: str | None) -> str | None:
+    """Tenants share nothing in the prefix cache, whatever their salts."""
+    owner = current_access().owner
+    return given if owner == SHARED else json.dumps([owner, given])
 
 
 def stop_strings(body: SamplingBody) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
 }
 UNSUPPORTED_COMMON: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_SAMPLING, "store": (False,)}
-UNSUPPORTED_COMPLETION: dict[str, tuple[Any, ...]] = {**UNSUPPORTED_COMMON, "suffix": ("",)}
+UNSUPPORTED_COMPLETION = UNSUPPORTED_COMMON
 UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     **UNSUPPORTED_COMMON,
     "functions": ([],),
@@ -79,6 +79,8 @@ Stop = Annotated[
     Annotated[str, Tag("@text")] | Annotated[list[str], Field(max_length=4, fail_fast=True), Tag("@list")],
     Discriminator(text_or_list),
 ]
+# Each entry is looked up for every token of the answer.
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=INT31)]], Field(max_length=64, fail_fast=True)]
 
 
@@ -129,7 +131,7 @@ class Sampling(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     stop: Stop | None = None
     stop_token_ids: StopTokenIds | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -170,6 +172,7 @@ class CompletionBody(SamplingBody):
     max_tokens: int | None = Field(None, ge=0, lt=INT31)
     best_of: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
+    suffix: str | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
 
 

@@ -40,6 +40,7 @@ from loramux_server.api.responses_wire import (
     MessageItem,
     OutputText,
 )
+from loramux_server.keys.principal import current_access
 
 _SHARED = set(Sampling.model_fields) - {"stream"}
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -100,7 +101,7 @@ def read_input(body: ResponsesBody, store: ResponseStore) -> tuple[Item, ...]:
     before: tuple[Item, ...] = ()
     if body.previous_response_id is not None:
         try:
-            before = store.get(body.previous_response_id).conversation
+            before = store.get(body.previous_response_id, current_access()).conversation
         except UnknownResponse:
             raise RequestError(
                 f"Previous response with id '{body.previous_response_id[:64]}' not found.",
@@ -174,7 +175,7 @@ def _new_items(body: ResponsesBody, before: Sequence[Item], store: ResponseStore
                 text = "\n".join(_texts(given.output, f"{path}.output"))
                 item = CallOutputItem(given.id or _new_id("fco"), given.call_id, text)
             case InputReference():
-                found = store.item(given.id)
+                found = store.item(given.id, current_access())
                 if found is None:
                     raise RequestError(f"{path}.id: is no item of a stored response", param=f"{path}.id")
                 item = found

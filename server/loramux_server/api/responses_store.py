@@ -1,7 +1,8 @@
 """Responses that are kept for `previous_response_id` and GET: in memory, bounded, least recently used first out.
 
 Promises: never more than the given count and bytes; a response that is deleted or that made room is unknown at once, while
-those that go on from it stay whole, because each has its own copy of what came before. Nothing outlives the process.
+those that go on from it stay whole, because each has its own copy of what came before. Nobody finds another tenant's.
+Nothing outlives the process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import RequestError
 from loramux_server.api.responses_wire import Item, ResponseObject
 
@@ -26,6 +28,7 @@ class Stored:
     given: tuple[Item, ...]  # the whole conversation that the model was given, without instructions
     output: tuple[Item, ...]
     size: int
+    owner: str
 
     @property
     def conversation(self) -> tuple[Item, ...]:
@@ -40,33 +43,34 @@ class ResponseStore:
         self._outputs: dict[str, str] = {}  # output item -> its response
         self._bytes = 0
 
-    def put(self, response: ResponseObject, given: Sequence[Item]) -> None:
+    def put(self, response: ResponseObject, given: Sequence[Item], access: Access = OPERATOR) -> None:
         """Keep it, and let the least recently used ones go; one that is larger than all the room is not kept."""
         body = msgspec.json.encode(response)
         size = len(body) + len(msgspec.json.encode(given))
         if size > self._max_bytes:
             return
-        self._kept[response.id] = Stored(body, tuple(given), tuple(response.output), size)
+        self._kept[response.id] = Stored(body, tuple(given), tuple(response.output), size, access.owner)
         self._bytes += size
         self._outputs.update({item.id: response.id for item in response.output})
         while len(self._kept) > self._max_count or self._bytes > self._max_bytes:
             self.delete(next(iter(self._kept)))
 
-    def get(self, name: str) -> Stored:
+    def get(self, name: str, access: Access = OPERATOR) -> Stored:
         """Raises UnknownResponse. Using one makes it the last to go."""
-        if name not in self._kept:
+        if name not in self._kept or not access.owns(self._kept[name].owner):
             raise UnknownResponse(f"Response with id '{name[:64]}' not found.", param="response_id")
         self._kept.move_to_end(name)
         return self._kept[name]
 
-    def item(self, name: str) -> Item | None:
+    def item(self, name: str, access: Access = OPERATOR) -> Item | None:
         """An output item of a response that is kept."""
-        if (owner := self._outputs.get(name)) is None:
+        response = self._outputs.get(name)
+        if response is None or not access.owns(self._kept[response].owner):
             return None
-        return next(item for item in self.get(owner).output if item.id == name)
+        return next(item for item in self.get(response).output if item.id == name)
 
-    def delete(self, name: str) -> None:
-        gone = self.get(name)
+    def delete(self, name: str, access: Access = OPERATOR) -> None:
+        gone = self.get(name, access)
         del self._kept[name]
         self._bytes -= gone.size
         for item in gone.output:

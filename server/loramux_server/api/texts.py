@@ -7,6 +7,7 @@ knows the limits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,10 @@ class Texts:
         # Fast tokenizers cannot be used by two threads at once; long prompts must not hold the event loop.
         self._one_at_a_time = anyio.CapacityLimiter(1)
 
+    def another(self) -> tuple[Any, str | None]:
+        """A tokenizer of one's own, for what takes long, and the template that is used instead of its own."""
+        return copy.deepcopy(self._tokenizer), self._chat_template
+
     async def encode(self, texts: Sequence[str], *, specials: bool = True) -> list[list[int]]:
         """Plain prompts, with the special tokens that the tokenizer adds by itself, or without."""
         return await self._off_loop(
@@ -64,6 +69,14 @@ class Texts:
                 param="messages",
                 code="no_chat_template",
             ) from error
+
+    def vocabulary_ids(self, tokens: Iterable[str]) -> list[int | None]:
+        """The id of each, None where the vocabulary has no such token."""
+        ids = ((one, self._tokenizer.convert_tokens_to_ids(one)) for one in tokens)
+        return [
+            number if number is not None and self._tokenizer.convert_ids_to_tokens(number) == one else None
+            for one, number in ids
+        ]
 
     def marker_tokens(self, markers: Iterable[str]) -> frozenset[int]:
         """Those of `markers` that are one special token of this tokenizer."""

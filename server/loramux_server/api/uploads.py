@@ -27,6 +27,7 @@ from loramux_adapters.errors import RequestError
 from loramux_adapters.files import storage_error
 from loramux_adapters.sources import new_staging_directory
 from loramux_server.api.body import BodyTooLarge, UnsupportedMediaType
+from loramux_server.api.pace import IDLE_S, paced
 
 ARCHIVE = "archive"
 FILES = (*ADAPTER_FILES, ARCHIVE)
@@ -42,17 +43,12 @@ FIELDS = (
 )
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FRAMING_BYTES = 256 * 1024  # boundaries and headers of all parts
-IDLE_S = 60.0
 
 _BATCH = 1024 * 1024  # parsed and written at once, on one visit to a thread
 
 
 class CrossOrigin(RequestError):
     code = "cross_origin"
-
-
-class UploadTimeout(RequestError):
-    code = "upload_timeout"
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,7 @@ async def receive_form(
         parts = _Parts(boundary, directory, form)
         batch = bytearray()
         received = 0
-        chunks = request.stream()
-        while chunk := await _next(chunks, idle_s):
+        async for chunk in paced(request.stream(), idle_s):
             received += len(chunk)
             if received > total:
                 raise BodyTooLarge(f"the upload is larger than {total} bytes")
@@ -141,13 +136,6 @@ def _check_headers(request: Request, limit: int) -> bytes:
     if not boundary:
         raise _malformed("the Content-Type has no boundary")
     return boundary
-
-
-async def _next(chunks: AsyncIterator[bytes], idle_s: float) -> bytes:
-    try:
-        return await asyncio.wait_for(anext(chunks, b""), idle_s)
-    except TimeoutError:
-        raise UploadTimeout(f"nothing came for {idle_s:g} seconds; send the upload again") from None
 
 
 @dataclass

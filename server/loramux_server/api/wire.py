@@ -180,6 +180,10 @@ class ModelDeleted(msgspec.Struct, tag_field="object", tag="model"):
 
 
 class Health(msgspec.Struct):
+    status: Literal["live"] = "live"
+
+
+class Readiness(msgspec.Struct):
     status: Literal["ready"] = "ready"
 
 

@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import psutil
 from packaging.requirements import Requirement
 
+from loramux_adapters.host_memory import available_bytes
 from loramux_server.doctor.finding import Finding, fault, note, ok
-from loramux_server.host_memory import available_bytes
 
 GIB = 2**30
 _LEAST_MEMORY = 2 * GIB

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from uuid import uuid4
 
 import msgspec
 
-from loramux_adapters.errors import BaseModelError, EngineError, Overloaded
+from loramux_adapters.errors import BaseModelError, EngineError, QueueFull, RequestTimeout
 from loramux_adapters.probe import Probe
 from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.interface import EngineState
@@ -44,21 +44,31 @@ from loramux_server.engine.messages import (
 )
 from loramux_server.engine.options import WorkerOptions
 from loramux_server.engine.pending import Pending
+from loramux_server.engine.process import start_worker, stop_worker
+from loramux_server.engine.watch import Watch, end_hanging
 
 logger = logging.getLogger(__name__)
 
 _RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
-_STOP_WAIT_S = 10.0
 
 
 class WorkerClient:
     """One worker process behind one socket. All methods are for the event loop that called `start`."""
 
-    def __init__(self, options: WorkerOptions, *, max_queued: int = 1024) -> None:
-        """`options.address` and `options.parent_pid` are filled in here."""
+    def __init__(
+        self,
+        options: WorkerOptions,
+        *,
+        max_queued: int = 1024,
+        request_timeout: float | None = None,
+        hang_timeout: float = 300.0,
+    ) -> None:
+        """`options.address` and `options.parent_pid` are filled in here. Timeouts are in seconds."""
         self._link = WorkerLink()
         self._options = msgspec.structs.replace(options, address=self._link.address, parent_pid=os.getpid())
         self._max_queued = max_queued
+        self._request_timeout = request_timeout
+        self._watch = Watch(hang_timeout)
         self._state: EngineState = "starting"
         self._ready: Ready | None = None
         self._stats: EngineStats | None = None
@@ -69,7 +79,7 @@ class WorkerClient:
         self._pinned: list[AdapterRef] = []
         self._listeners: list[Callable[[StepOutput], None]] = []
         self._process: asyncio.subprocess.Process | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # --- what routes use ---------------------------------------------------------------------------------------------
 
@@ -82,6 +92,10 @@ class WorkerClient:
         if self._ready is None:
             raise EngineError("the base model is still loading")
         return self._ready
+
+    @property
+    def stall(self) -> str | None:
+        return self._watch.stall
 
     @property
     def stats(self) -> EngineStats | None:
@@ -112,20 +126,17 @@ class WorkerClient:
         if self._state != "ready":
             raise EngineError(f"the engine is {self._state}; try again shortly")
         if self.in_flight >= self._max_queued:
-            raise Overloaded(f"{self._max_queued} requests are being served already; try again shortly")
-        outputs: asyncio.Queue[TokenOutput] = asyncio.Queue()
-        self._pending.streams[request_id] = outputs
-        finished = False
-        try:
-            await self._link.send(AddRequest(request_id, prompt, params, adapter))
-            while not finished:
-                output = await outputs.get()
-                finished = output.finish is not None
-                yield output
-        finally:
-            self._pending.streams.pop(request_id, None)
-            if not finished:
-                await self._tell(AbortRequest(request_id))
+            raise QueueFull(f"{self._max_queued} requests are being served already; try again shortly")
+        output: TokenOutput | None = None
+        with self._pending.stream(request_id, self._request_timeout) as outputs:
+            try:
+                await self._link.send(AddRequest(request_id, prompt, params, adapter))
+                while output is None or output.finish is None:
+                    output = await outputs.get()
+                    yield output
+            finally:
+                if output is None or output.finish is None or output.error_code == RequestTimeout.code:
+                    await self._tell(AbortRequest(request_id))
 
     async def verify(self, adapter: AdapterRef, probe: Probe) -> VerifyReport:
         if self._state not in ("ready", "draining"):
@@ -148,8 +159,7 @@ class WorkerClient:
             raise EngineError(f"the engine is {self._state}; try again shortly")
         if self._pending.training:
             raise EngineError("another job is under training")
-        events = asyncio.Queue[TrainingEvent | EngineError]()
-        self._pending.training[command.id] = events
+        events = self._pending.train(command.id)
         ended = False
         try:
             await self._link.send(command)
@@ -174,7 +184,8 @@ class WorkerClient:
         """Start the worker and wait until the base is resident. Raises BaseModelError if it cannot be."""
         self._link.open()
         ready = await self._launch()
-        self._supervisor = asyncio.create_task(self._supervise())
+        watching = self._watch.run(self._pending.owed, self._end_hanging)
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(watching)]
         return ready
 
     def drain(self) -> None:
@@ -193,29 +204,19 @@ class WorkerClient:
         """Stop the worker, at once if it is still loading; requests in flight end with an error output."""
         serving = self._state in ("ready", "draining")
         self._state = "dead"
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                logger.error("watching the worker failed: %s", result, exc_info=result)
         self._pending.fail("the server is shutting down")
-        process = self._process
-        if process is not None and process.returncode is None:
-            if serving:
-                with contextlib.suppress(EngineError, TimeoutError):
-                    await self._link.send(Shutdown())
-                    await asyncio.wait_for(process.wait(), _STOP_WAIT_S)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        if self._process is not None:
+            farewell = partial(self._link.send, Shutdown())
+            await stop_worker(self._process, farewell if serving else None)
         self._link.close()
 
     async def _launch(self) -> Ready:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loramux_server.engine", stdin=asyncio.subprocess.PIPE
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(self._options))
-        self._process.stdin.close()
+        self._process = await start_worker(self._options)
         exited = asyncio.create_task(self._process.wait())
         try:
             while True:
@@ -264,6 +265,7 @@ class WorkerClient:
             self._dispatch(event)
 
     def _dispatch(self, event: Event) -> None:
+        self._watch.heard()
         if isinstance(event, StepOutput):
             self._stats = event.stats
             self._pending.tokens(event)
@@ -275,6 +277,13 @@ class WorkerClient:
             self._pending.trained(event)
         elif isinstance(event, Fatal):
             self._failure = event.message
+
+    async def _end_hanging(self, reason: str) -> None:
+        """The supervisor sees the end of the worker, and starts another."""
+        if self._process is not None and self._state in ("ready", "draining"):
+            logger.error("%s; its stacks follow, then it is killed", reason)
+            self._failure = reason
+            await end_hanging(self._process)
 
     async def _tell(self, command: Command) -> None:
         """Send what means nothing to a worker that is gone."""

@@ -11,8 +11,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from loramux_adapters import layers
 from loramux_adapters.bank import AdapterBank
 from loramux_adapters.errors import AdapterUnavailable, ContextLengthExceeded, RequestError
@@ -36,8 +34,11 @@ from loramux_server.engine.runner import ModelRunner
 from loramux_server.engine.sampler import Sampled, sample
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
+from loramux_server.engine.shrinking import run_within_memory
 
 logger = logging.getLogger(__name__)
+
+_NO_MEMORY = "there is not enough memory to compute this request, even alone; try again shortly"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,9 @@ class Engine:
         outputs += [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
         self._note_first_steps(plan)
         if plan.scheduled:
-            logits = self.runner.run(plan.scheduled)
-            outputs += self._postprocess(plan.scheduled, logits)
+            done = run_within_memory(plan.scheduled, self._run)
+            outputs += done.outputs
+            outputs += [self._failure(sequence, _NO_MEMORY, "out_of_memory") for sequence in done.failed]
         loads = [
             AdapterLoad(event.generation, event.tier, event.seconds, ok=not event.error, error=event.error)
             for event in self.bank.take_events()
@@ -181,15 +183,15 @@ class Engine:
             )
         return weights
 
-    def _postprocess(self, scheduled: list[Scheduled], logits: torch.Tensor) -> list[TokenOutput]:
+    def _run(self, scheduled: list[Scheduled]) -> list[TokenOutput]:
+        """What needs memory comes first, what changes a sequence afterwards: a run that failed can be repeated."""
+        logits = self.runner.run(scheduled)
         sampling = [item.sequence for item in scheduled if item.samples]
+        sampled = sample(logits, sampling, self.base.eos_token_ids) if sampling else []
         for item in scheduled:
             start = item.sequence.num_computed
             item.sequence.num_computed += item.count
             self.blocks.publish(item.sequence, start)
-        if not sampling:
-            return []
-        sampled = sample(logits, sampling, self.base.eos_token_ids)
         return [self._advance(sequence, result) for sequence, result in zip(sampling, sampled, strict=True)]
 
     def _advance(self, sequence: Sequence, result: Sampled) -> TokenOutput:

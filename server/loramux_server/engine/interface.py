@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
+from loramux_adapters.access import Access
 from loramux_adapters.probe import Probe
 from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.messages import (
@@ -36,6 +37,11 @@ class EngineClient(Protocol):
 
     @property
     def state(self) -> EngineState: ...
+
+    @property
+    def stall(self) -> str | None:
+        """In one sentence, that work is pending and the worker has not moved for long; None while all is well."""
+        ...
 
     @property
     def stats(self) -> EngineStats | None:
@@ -119,19 +125,19 @@ class GenerationPaths(Protocol):
 
 
 class AdapterDirectory(Protocol):
-    """Names of adapters, and leases on what they mean. AdapterRegistry is one."""
+    """Names of adapters, and leases on what they mean. AdapterRegistry is one. What `access` does not see is not there."""
 
     @property
     def store(self) -> GenerationPaths: ...
 
-    def list(self, after: str | None = None, limit: int = 100) -> Sequence[AdapterView]:
+    def list(self, after: str | None, limit: int, access: Access) -> Sequence[AdapterView]:
         """Up to `limit` adapters in the order of their names, beginning behind the name `after`."""
         ...
 
-    def resolve(self, model: str) -> AdapterView:
+    def resolve(self, model: str, access: Access) -> AdapterView:
         """What `name` or `name@generation-prefix` means. Raises UnknownAdapter."""
         ...
 
-    def lease(self, model: str) -> AdapterLease:
+    def lease(self, model: str, access: Access) -> AdapterLease:
         """Resolve and claim in one step. Raises UnknownAdapter."""
         ...

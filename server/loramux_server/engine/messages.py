@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from loramux_adapters.probe import Probe
+from loramux_adapters.training.memory import DecoderShape
 from loramux_adapters.verify_report import VerifyReport
 from loramux_server.engine.stats import AdapterEviction as AdapterEviction
 from loramux_server.engine.stats import AdapterLoad as AdapterLoad
@@ -238,6 +239,8 @@ class Ready(msgspec.Struct, tag="ready"):
     max_cpu_loras: int
     lora_rows: int  # rank rows of the device, shared by the adapters on it
     kv_cache_bytes: int = 0  # of all blocks
+    decoder: DecoderShape | None = None  # what training memory is planned with
+    context_length: int = 0  # of the base, which may be more than is served
 
 
 class Fatal(msgspec.Struct, tag="fatal"):
@@ -246,7 +249,11 @@ class Fatal(msgspec.Struct, tag="fatal"):
     message: str
 
 
-Event = StepOutput | Verified | TrainingEvent | Ready | Fatal
+class Beat(msgspec.Struct, tag="beat"):
+    """The worker's loop goes round and has work; sent when it had nothing else to say for a while."""
+
+
+Event = StepOutput | Verified | TrainingEvent | Ready | Fatal | Beat
 
 COMMAND_ENCODER = msgspec.msgpack.Encoder()
 COMMAND_DECODER = msgspec.msgpack.Decoder(Command)

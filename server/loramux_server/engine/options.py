@@ -18,6 +18,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: str = "auto"
     quantization: Literal["nf4", "none"] = "nf4"
+    nf4_cache: str | None = None  # directory of quantized copies
     seed: int | None = None
     threads: int | None = None
     max_model_len: int | None = None

@@ -23,6 +23,7 @@ from loramux_adapters.verify import Progress, VerifyReport, verification_steps
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine.messages import AdapterRef, Verified, VerifyAdapter
+from loramux_server.engine.shrinking import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ class Verifications:
         except LoramuxError as error:
             return Verified(command.id, error=error.message)
         except Exception as error:
+            if is_out_of_memory(error):
+                reason = str(error).partition("\n")[0]
+                return Verified(command.id, error=f"not enough memory to verify it ({reason})")
             if isinstance(error, RuntimeError) and self._base.device.type != "cpu":
                 raise  # it may come from the device, of which nothing can be trusted then
             logger.exception("the verification of adapter %s failed", command.adapter.generation[:12])

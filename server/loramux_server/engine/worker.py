@@ -7,6 +7,7 @@ terminal are the front's business: it drains before it stops the worker.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import random
@@ -15,12 +16,15 @@ import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import torch
 import zmq
 
 from loramux_adapters.errors import LoramuxError, RequestError
+from loramux_adapters.training.context import context_length
+from loramux_adapters.training.memory import DecoderShape
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
 from loramux_server.engine.budget import LatencyBudget
 from loramux_server.engine.constraints import Grammars, read_tokenizer
@@ -31,6 +35,7 @@ from loramux_server.engine.messages import (
     EVENT_ENCODER,
     AbortRequest,
     AddRequest,
+    Beat,
     Event,
     Fatal,
     PinAdapters,
@@ -55,6 +60,7 @@ logger = logging.getLogger("loramux.worker")
 
 _IDLE_POLL_MS = 1000
 _LOADING_POLL_MS = 2  # everything runnable waits for files that are being read
+_BEAT_S = 1.0
 
 
 class Worker:
@@ -67,6 +73,7 @@ class Worker:
         self.verifications = Verifications(engine.base)
         self.memory = DeviceMemory(engine.base.device)
         self._refused: list[TokenOutput] = []
+        self._told = 0.0  # when something was last said
 
     def run(self) -> None:
         """Until Shutdown."""
@@ -75,6 +82,7 @@ class Worker:
             while self._receive(timeout):
                 decoding = self._step()
                 self._slice(decoding)
+                self._beat()
                 timeout = self._patience_ms(decoding)
 
     def _step(self) -> bool:
@@ -99,6 +107,12 @@ class Worker:
         if not self.verifications.has_work or self.verifications.is_waiting:
             for event in self.training.advance(decoding=decoding):
                 self._send(event)
+
+    def _beat(self) -> None:
+        """Slices of training say nothing for long: without this the front would take them for a hang (`watch.py`)."""
+        has_work = self.engine.has_work or self.verifications.has_work or self.training.has_work
+        if has_work and time.monotonic() - self._told >= _BEAT_S:
+            self._send(Beat())
 
     def _patience_ms(self, decoding: bool) -> int:
         """How long the loop may wait for a command before it goes on by itself."""
@@ -143,10 +157,12 @@ class Worker:
             self._refused = []
 
     def _send(self, event: Event) -> None:
+        self._told = time.monotonic()
         self.socket.send(EVENT_ENCODER.encode(event))
 
 
 def describe(base: ResidentBase, options: EngineOptions) -> Ready:
+    text_config = base.model.config.get_text_config()
     return Ready(
         base_name=base.geometry.name,
         base_identity=base.geometry.identity,
@@ -165,6 +181,8 @@ def describe(base: ResidentBase, options: EngineOptions) -> Ready:
         max_loras=options.max_loras,
         max_cpu_loras=options.max_cpu_loras,
         lora_rows=options.lora_rows,
+        decoder=DecoderShape.of(text_config),
+        context_length=context_length(text_config),
     )
 
 
@@ -181,6 +199,7 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
             device=options.device,
             dtype=options.dtype,
             quantization=options.quantization,
+            nf4_cache=None if options.nf4_cache is None else Path(options.nf4_cache),
         )
     )
     sizes = plan_sizes(options, base, kv_bytes_per_token(base))
@@ -223,6 +242,7 @@ def main() -> int:
         signal.SIGTERM,
     ):  # sent to the whole group; the front drains first, then says Shutdown
         signal.signal(name, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # where every thread is, to the log; also while none of them moves
     set_up_logging(options.log_level, options.log_format, "worker")
     adopt_libraries()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)

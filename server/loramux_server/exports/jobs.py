@@ -29,6 +29,7 @@ import msgspec
 from loramux_adapters.adapter_files import ADAPTER_FILES
 from loramux_adapters.errors import StorageError
 from loramux_adapters.files import fsync_directory, link_or_copy, replace_file, storage_error
+from loramux_adapters.set_aside import MARK, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class ExportJob(msgspec.Struct, frozen=True, kw_only=True):
     needed_bytes: int = 0  # an estimate from before the start
     error: JobFault | None = None
     events: list[JobEvent] = []
+    owner: str = ""  # the tenant whose it is; "" is the operator
 
     @property
     def ended(self) -> bool:
@@ -185,7 +187,7 @@ def open_jobs(root: Path) -> Iterator[tuple[ExportJob, JobFolder]]:
     found: list[tuple[ExportJob, JobFolder]] = []
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for path in root.iterdir():
+        for path in [one for one in root.iterdir() if MARK not in one.name]:
             folder = JobFolder(path)
             if not (path / RECORD).is_file():
                 folder.remove()
@@ -193,7 +195,10 @@ def open_jobs(root: Path) -> Iterator[tuple[ExportJob, JobFolder]]:
             try:
                 found.append((msgspec.json.decode((path / RECORD).read_bytes(), type=ExportJob), folder))
             except msgspec.DecodeError as error:
-                logger.warning("export %s is left alone: its record cannot be read: %s", path.name, error)
+                suffix = set_aside(path)
+                logger.error(
+                    "export %s has no readable record: %s; set aside as *%s", path.name, error, suffix
+                )
     except OSError as error:
         raise StorageError(f"the exports cannot be opened: {error.strerror}") from error
     return iter(sorted(found, key=lambda item: (item[0].created, item[0].id)))

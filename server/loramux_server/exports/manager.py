@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import (
     EngineError,
     Overloaded,
@@ -76,9 +77,11 @@ class ExportManager:
     # --- what clients ask -------------------------------------------------------------------------------------------
 
     async def create(
-        self, name: str, adapters: Sequence[tuple[str, float]], request: ExportRequest
+        self, name: str, adapters: Sequence[tuple[str, float]], request: ExportRequest, access: Access
     ) -> Export:
         """Queue an export of `name`; `adapters` are all that are merged, `name[@generation]` and weight.
+
+        It belongs to whoever `access` is, who was found to see the adapters.
 
         Raises UnknownAdapter, StorageFull, Overloaded and ExportError; then nothing is left behind.
         """
@@ -87,7 +90,7 @@ class ExportManager:
         async with self._creating:
             if sum(not export.job.ended for export in self._exports.values()) >= MAX_WAITING:
                 raise Overloaded(f"{MAX_WAITING} exports are waiting or running already; try again later")
-            export = await asyncio.to_thread(self._create, name, adapters, request)
+            export = await asyncio.to_thread(self._create, name, adapters, request, access)
             self._exports[export.job.id] = export
         self._wake.set()
         logger.info("export %s of %s is queued", export.job.id, name)
@@ -97,14 +100,18 @@ class ExportManager:
         """Exports by status."""
         return Counter(export.job.status for export in list(self._exports.values()))
 
-    def of(self, name: str) -> Sequence[Export]:
+    def of(self, name: str, access: Access = OPERATOR) -> Sequence[Export]:
         """Of an adapter, newest first; also of one that is deleted."""
-        found = [export for export in self._exports.values() if export.job.adapter == name]
+        found = [
+            export
+            for export in self._exports.values()
+            if export.job.adapter == name and access.owns(export.job.owner)
+        ]
         return sorted(found, key=lambda export: export.job.created, reverse=True)
 
-    def get(self, name: str, export_id: str) -> Export:
+    def get(self, name: str, export_id: str, access: Access = OPERATOR) -> Export:
         export = self._exports.get(export_id)
-        if export is None or export.job.adapter != name:
+        if export is None or export.job.adapter != name or not access.owns(export.job.owner):
             raise UnknownExport(f"id: there is no export {export_id} of this adapter", param="id")
         return export
 
@@ -216,7 +223,9 @@ class ExportManager:
         folder.save(job)
         return job
 
-    def _create(self, name: str, adapters: Sequence[tuple[str, float]], request: ExportRequest) -> Export:
+    def _create(
+        self, name: str, adapters: Sequence[tuple[str, float]], request: ExportRequest, access: Access
+    ) -> Export:
         needed = self._base.needed_bytes(request.format)
         self._check_space(needed)
         folder = JobFolder(self._root / f"export-{uuid4().hex[:16]}")
@@ -234,6 +243,7 @@ class ExportManager:
                 request=request,
                 created=time.time(),
                 needed_bytes=needed,
+                owner=access.owner,
             )
             job = job.saying("created")
             folder.save(job)

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from loramux_adapters.errors import StorageError, UnknownFile, UnknownJob
+from loramux_adapters.access import OPERATOR, Access
+from loramux_adapters.errors import StorageDamaged, StorageError, UnknownFile, UnknownJob
+from loramux_adapters.set_aside import database_files, open_or_set_aside
 from loramux_adapters.sqlite import DurableDatabase
 from loramux_server.training.records import CheckpointRecord, FileRecord, JobEvent, JobRecord
 
@@ -38,6 +40,7 @@ CREATE TABLE checkpoints (
     model TEXT NOT NULL, generation TEXT NOT NULL, metrics TEXT NOT NULL, UNIQUE (job, step)
 ) STRICT;
 """,
+    "ALTER TABLE files ADD COLUMN owner TEXT NOT NULL DEFAULT '';",
 )
 
 Order = Literal["asc", "desc"]
@@ -45,8 +48,14 @@ Order = Literal["asc", "desc"]
 
 class TrainingDatabase(DurableDatabase):
     def __init__(self, path: Path) -> None:
+        """Raises StorageDamaged, StorageError."""
         super().__init__(path, _MIGRATIONS, "the fine-tuning database")
         self._lock = threading.Lock()
+        try:
+            self.jobs()
+        except StorageDamaged:
+            self.close()
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -58,23 +67,26 @@ class TrainingDatabase(DurableDatabase):
         with self._changing():
             self._insert_file(file)
 
-    def file(self, file_id: str) -> FileRecord:
+    def file(self, file_id: str, access: Access = OPERATOR) -> FileRecord:
         """Raises UnknownFile."""
-        rows = self._read(f"SELECT {_FILE} FROM files WHERE id = ?", (file_id,))
+        where, values = _owned(access)
+        rows = self._read(f"SELECT {_FILE} FROM files WHERE id = ? AND {where}", (file_id, *values))
         if not rows:
             raise UnknownFile(f"id: there is no file {file_id[:64]!a}", param="id")
         return _file(rows[0])
 
     def files(
-        self, *, purpose: str | None, after: str | None, limit: int, order: Order
+        self, *, purpose: str | None, after: str | None, limit: int, order: Order, access: Access = OPERATOR
     ) -> tuple[list[FileRecord], bool]:
         """A page by age, and whether there are more. Raises UnknownFile for `after`."""
-        where, values = ["1"], list[object]()
+        owned, values = _owned(access)
+        where = [owned]
         if purpose is not None:
-            where, values = ["purpose = ?"], [purpose]
+            where.append("purpose = ?")
+            values.append(purpose)
         if after is not None:
             where.append(f"seq {'>' if order == 'asc' else '<'} ?")
-            values.append(self._place("files", after, UnknownFile))
+            values.append(self._place("files", after, UnknownFile, *_owned(access)))
         query = f"SELECT {_FILE} FROM files WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?"
         rows = self._read(query, (*values, limit + 1))
         return [_file(row) for row in rows[:limit]], len(rows) > limit
@@ -89,9 +101,14 @@ class TrainingDatabase(DurableDatabase):
     # --- jobs ------------------------------------------------------------------------------------------------------
 
     def jobs(self) -> list[JobRecord]:
-        """All of them, oldest first."""
+        """All of them, oldest first. Raises StorageDamaged for a record that is none."""
         rows = self._read("SELECT record FROM jobs ORDER BY seq", ())
-        return [msgspec.json.decode(row[0], type=JobRecord) for row in rows]
+        try:
+            return [msgspec.json.decode(row[0], type=JobRecord) for row in rows]
+        except msgspec.DecodeError as error:
+            raise StorageDamaged(
+                f"the fine-tuning database has a job that cannot be read: {error}"
+            ) from error
 
     def save_job(
         self,
@@ -130,7 +147,7 @@ class TrainingDatabase(DurableDatabase):
 
     def events(self, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
         """A page, newest first, and whether there are more. Raises UnknownJob for `after`."""
-        before = 2**62 if after is None else self._place("events", after, UnknownJob, job_id)
+        before = 2**62 if after is None else self._place("events", after, UnknownJob, "job = ?", [job_id])
         query = f"SELECT {_EVENT} FROM events WHERE job = ? AND seq < ? ORDER BY seq DESC LIMIT ?"
         rows = self._read(query, (job_id, before, limit + 1))
         return [_event(row) for row in rows[:limit]], len(rows) > limit
@@ -161,8 +178,8 @@ class TrainingDatabase(DurableDatabase):
 
     def _insert_file(self, file: FileRecord) -> None:
         self._connection.execute(
-            f"INSERT INTO files ({_FILE}) VALUES (?, ?, ?, ?, ?)",
-            (file.id, file.filename, file.purpose, file.num_bytes, file.created),
+            f"INSERT INTO files ({_FILE}) VALUES (?, ?, ?, ?, ?, ?)",
+            (file.id, file.filename, file.purpose, file.num_bytes, file.created, file.owner),
         )
 
     def _insert_events(self, job_id: str, events: Sequence[JobEvent]) -> None:
@@ -175,12 +192,14 @@ class TrainingDatabase(DurableDatabase):
         )
 
     def _place(
-        self, table: str, row_id: str, unknown: type[UnknownFile | UnknownJob], job_id: str | None = None
+        self,
+        table: str,
+        row_id: str,
+        unknown: type[UnknownFile | UnknownJob],
+        where: str,
+        values: Sequence[object],
     ) -> int:
-        query, values = f"SELECT seq FROM {table} WHERE id = ?", [row_id]
-        if job_id is not None:
-            query, values = f"{query} AND job = ?", [row_id, job_id]
-        rows = self._read(query, values)
+        rows = self._read(f"SELECT seq FROM {table} WHERE id = ? AND {where}", [row_id, *values])
         if not rows:
             raise unknown(f"after: there is no {row_id[:64]!a} here", param="after")
         return int(rows[0][0])
@@ -198,13 +217,26 @@ class TrainingDatabase(DurableDatabase):
             yield
 
 
-_FILE = "id, filename, purpose, bytes, created"
+def open_database(root: Path) -> TrainingDatabase:
+    """If it is damaged, it is set aside with files and jobs: those that no row names are removed as a crash's leftovers."""
+    path = root / "training.sqlite3"
+    return open_or_set_aside(
+        lambda: TrainingDatabase(path), *database_files(path), root / "files", root / "jobs"
+    )
+
+
+_FILE = "id, filename, purpose, bytes, created, owner"
 _EVENT = "id, created, level, message, type, data, step"
 
 
+def _owned(access: Access) -> tuple[str, list[object]]:
+    """A condition for rows with an owner, and its values."""
+    return ("1", []) if access.is_operator else ("owner = ?", [access.owner])
+
+
 def _file(row: Sequence[Any]) -> FileRecord:
-    file_id, filename, purpose, num_bytes, created = row
-    return FileRecord(file_id, filename, purpose, num_bytes, created)
+    file_id, filename, purpose, num_bytes, created, owner = row
+    return FileRecord(file_id, filename, purpose, num_bytes, created, owner)
 
 
 def _event(row: Sequence[Any]) -> JobEvent:

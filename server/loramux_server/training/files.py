@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import StorageError, UnknownFile
 from loramux_adapters.files import (
     fsync_directory,
@@ -43,9 +44,9 @@ class FileStore:
         except OSError as error:
             raise storage_error("the files cannot be opened", error) from error
 
-    def add(self, source: Path, filename: str, purpose: Purpose) -> FileRecord:
+    def add(self, source: Path, filename: str, purpose: Purpose, owner: str = "") -> FileRecord:
         """Take a file over from where it lies. Durable on return."""
-        file = FileRecord(new_id("file-"), filename, purpose, source.stat().st_size, time.time())
+        file = FileRecord(new_id("file-"), filename, purpose, source.stat().st_size, time.time(), owner)
         try:
             with open(source, "rb") as data:
                 os.fsync(data.fileno())
@@ -60,9 +61,9 @@ class FileStore:
             raise
         return file
 
-    def write(self, data: bytes, filename: str, purpose: Purpose) -> FileRecord:
+    def write(self, data: bytes, filename: str, purpose: Purpose, owner: str = "") -> FileRecord:
         """Bytes that are durable on return; the row is the caller's to add."""
-        file = FileRecord(new_id("file-"), filename, purpose, len(data), time.time())
+        file = FileRecord(new_id("file-"), filename, purpose, len(data), time.time(), owner)
         try:
             write_file(self._root / file.id, [data])
             fsync_directory(self._root)
@@ -74,19 +75,19 @@ class FileStore:
         """Remove what was written and never got a row."""
         (self._root / file.id).unlink(missing_ok=True)
 
-    def get(self, file_id: str) -> FileRecord:
-        """Raises UnknownFile."""
-        return self._database.file(file_id)
+    def get(self, file_id: str, access: Access = OPERATOR) -> FileRecord:
+        """Raises UnknownFile, also for a file that is somebody else's."""
+        return self._database.file(file_id, access)
 
     def page(
-        self, *, purpose: str | None, after: str | None, limit: int, order: Order
+        self, *, purpose: str | None, after: str | None, limit: int, order: Order, access: Access = OPERATOR
     ) -> tuple[Sequence[FileRecord], bool]:
         """Files by age, and whether there are more. Raises UnknownFile for `after`."""
-        return self._database.files(purpose=purpose, after=after, limit=limit, order=order)
+        return self._database.files(purpose=purpose, after=after, limit=limit, order=order, access=access)
 
-    def open(self, file_id: str) -> tuple[FileRecord, BinaryIO]:
+    def open(self, file_id: str, access: Access = OPERATOR) -> tuple[FileRecord, BinaryIO]:
         """The caller closes it. Raises UnknownFile, StorageError."""
-        file = self.get(file_id)
+        file = self.get(file_id, access)
         try:
             return file, open_regular(self._root / file_id)
         except OSError as error:
@@ -101,9 +102,9 @@ class FileStore:
             raise self._gone(file_id, error) from error
         return file
 
-    def delete(self, file_id: str) -> None:
+    def delete(self, file_id: str, access: Access = OPERATOR) -> None:
         """Raises UnknownFile."""
-        self.get(file_id)
+        self.get(file_id, access)
         self._database.delete_file(file_id)
         (self._root / file_id).unlink(missing_ok=True)
 

@@ -21,9 +21,12 @@ from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE
 from loramux_adapters.files import fsync_directory, link_or_copy, storage_error
 from loramux_adapters.sources import Staged, new_staging_directory
 from loramux_adapters.training.layout import CHECKPOINTS
+from loramux_adapters.training.rows import check_rows
 from loramux_server.training.files import FileStore
 
 FileField = Literal["training_file", "validation_file"]
+
+_FILES: tuple[FileField, ...] = ("training_file", "validation_file")
 
 _STEP = re.compile(r"step-([1-9][0-9]*)")
 
@@ -74,6 +77,13 @@ class JobFolder:
     def file(self, field: FileField) -> Path | None:
         directory = self.path / field
         return next(directory.iterdir()) if directory.is_dir() else None
+
+    def check_rows(self) -> None:
+        """Read every row of the files, and keep none. Raises TrainingError, naming line, message and key."""
+        for field in _FILES:
+            path = self.file(field)
+            if path is not None:
+                check_rows(path, lambda row: None, param=field)
 
     def checkpoints(self) -> list[int]:
         """The steps of which a whole checkpoint is here, oldest first."""

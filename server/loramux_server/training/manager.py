@@ -18,14 +18,14 @@ from pathlib import Path
 
 import msgspec
 
+from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import EngineError, Overloaded, StorageError, TrainingError, UnknownJob
 from loramux_adapters.files import storage_error
-from loramux_adapters.training.rows import read_rows
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.messages import AdapterRef
-from loramux_server.training.database import TrainingDatabase
+from loramux_server.training.database import open_database
 from loramux_server.training.files import FileStore
-from loramux_server.training.folder import FileField, JobFolder
+from loramux_server.training.folder import JobFolder
 from loramux_server.training.job import Job
 from loramux_server.training.names import model_name
 from loramux_server.training.publication import Publication
@@ -47,16 +47,14 @@ logger = logging.getLogger(__name__)
 MAX_UNFINISHED = 100
 POLL_S = 0.1  # until the worker is ready
 
-_FILES: tuple[FileField, ...] = ("training_file", "validation_file")
-
 
 class JobManager:
     """`root` is the base's folder below the data directory; one process owns it. Opening it blocks."""
 
-    def __init__(self, root: Path, catalog: AdapterCatalog) -> None:
+    def __init__(self, root: Path, catalog: AdapterCatalog, tensorboard: Path | None = None) -> None:
         self._root = root / "jobs"
         self._engine = catalog.engine
-        self.database = TrainingDatabase(root / "training.sqlite3")
+        self.database = open_database(root)
         self.files = FileStore(root / "files", self.database)
         self._jobs: dict[str, Job] = {}
         self._current: Job | None = None
@@ -67,7 +65,9 @@ class JobManager:
         self._closing = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         publication = Publication(catalog, self.database, self.files)
-        self._runner = TrainingRunner(self._engine, publication, catalog.metrics.training, self._closing)
+        self._runner = TrainingRunner(
+            self._engine, publication, catalog.metrics.training, self._closing, tensorboard
+        )
         self._open()
         catalog.metrics.training.watch(self.counts)
 
@@ -104,7 +104,9 @@ class JobManager:
 
     # --- what clients ask -------------------------------------------------------------------------------------------
 
-    async def create(self, request: JobRequest, base: str, initial: AdapterRef | None) -> Job:
+    async def create(
+        self, request: JobRequest, base: str, initial: AdapterRef | None, access: Access = OPERATOR
+    ) -> Job:
         """Queue a job; its files are validated first. `initial` is the adapter to train further, which the caller holds.
 
         Raises UnknownFile, StorageError, Overloaded; then nothing is left behind.
@@ -116,19 +118,19 @@ class JobManager:
                 raise Overloaded(
                     f"{MAX_UNFINISHED} jobs are unfinished already; cancel one or try again later"
                 )
-            job = await asyncio.to_thread(self._create, request, base, initial)
+            job = await asyncio.to_thread(self._create, request, base, initial, access.owner)
             self._jobs[job.id] = job
         self._begin_validation(job)
         logger.info("fine-tuning job %s is created", job.id)
         return job
 
-    def all(self) -> Sequence[Job]:
+    def all(self, access: Access = OPERATOR) -> Sequence[Job]:
         """Newest first."""
-        return list(self._jobs.values())[::-1]
+        return [job for job in self._jobs.values() if access.owns(job.record.owner)][::-1]
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str, access: Access = OPERATOR) -> Job:
         job = self._jobs.get(job_id)
-        if job is None:
+        if job is None or not access.owns(job.record.owner):
             raise UnknownJob(f"id: there is no fine-tuning job {job_id[:64]!a}", param="id")
         return job
 
@@ -222,7 +224,7 @@ class JobManager:
 
     async def _validated(self, job: Job) -> None:
         try:
-            await asyncio.to_thread(_read_files, job.folder)
+            await asyncio.to_thread(job.folder.check_rows)
         except TrainingError as error:
             fault = JobFault(error.message, error.code, error.param)
             event = JobEvent.saying(f"The job failed: {error.message}", "error")
@@ -256,7 +258,7 @@ class JobManager:
         except OSError as error:
             raise storage_error("the fine-tuning jobs cannot be opened", error) from error
 
-    def _create(self, request: JobRequest, base: str, initial: AdapterRef | None) -> Job:
+    def _create(self, request: JobRequest, base: str, initial: AdapterRef | None, owner: str) -> Job:
         job_id, now = new_id("ftjob-"), time.time()
         folder = JobFolder(self._root / job_id)
         with contextlib.ExitStack() as undo:
@@ -275,6 +277,7 @@ class JobManager:
                 created=now,
                 queued=now,
                 initial=None if initial is None else initial.generation,
+                owner=owner,
             )
             events = [
                 JobEvent.saying(f"Created fine-tuning job: {job_id}"),
@@ -283,13 +286,6 @@ class JobManager:
             self.database.save_job(record, events)
             undo.pop_all()
         return Job(record, folder, self.database)
-
-
-def _read_files(folder: JobFolder) -> None:
-    for field in _FILES:
-        path = folder.file(field)
-        if path is not None:
-            read_rows(path, param=field)
 
 
 def _refusal(job: Job, wanted: str) -> TrainingError:

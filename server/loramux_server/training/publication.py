@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loramux_adapters.access import Access
 from loramux_adapters.errors import LoramuxError
 from loramux_adapters.training.layout import MANIFEST_FILE, STATE_FILE
 from loramux_server.catalog import AdapterCatalog
@@ -48,7 +49,7 @@ class Publication:
             base = {"name": self._catalog.geometry.name, "identity": identity["base"]}
             data = {"digest": identity["data"]}
             facts = _facts(job.id, step, base, identity["recipe"], data, state["history"])
-            options = Options(overwrite=True, verify=False, metadata=_short(facts))
+            options = Options(overwrite=True, verify=False, within_quota=False, metadata=_short(facts))
             published = await self._publish(job, name, directory, facts, options)
         except (LoramuxError, OSError, ValueError, KeyError) as error:
             await job.say(JobEvent.saying(f"The checkpoint of step {step} cannot be served: {error}", "warn"))
@@ -84,9 +85,9 @@ class Publication:
         curve = manifest["loss_curve"]
         step = max((entry["step"] for entry in curve), default=0)
         facts = _facts(job.id, step, manifest["base"], manifest["recipe"], manifest["data"], curve)
-        options = Options(overwrite=True, allow_noop=True, metadata=_short(facts))
+        options = Options(overwrite=True, allow_noop=True, within_quota=False, metadata=_short(facts))
         published = await self._publish(job, record.name, directory, facts, options)
-        results = await asyncio.to_thread(self._results, measured, directory / MANIFEST_FILE)
+        results = await asyncio.to_thread(self._results, measured, directory / MANIFEST_FILE, record.owner)
         ended = await job.change(
             *self._warnings(published),
             JobEvent.saying(f"New fine-tuned model created: {record.name}"),
@@ -102,17 +103,19 @@ class Publication:
         if not ended:  # cancelled or paused meanwhile
             for file in results:
                 await asyncio.to_thread(self._files.discard, file)
-            await self._catalog.delete(record.name, timeout=0)
+            await self._catalog.delete(record.name, 0, Access(record.owner))
 
     async def _publish(
         self, job: Job, name: str, directory: Path, facts: dict[str, Any], options: Options
     ) -> Published:
         stage_it = partial(stage, directory, self._catalog.staging, job.id, {"training": facts})
-        return await self._catalog.publish(name, stage_it, options)
+        return await self._catalog.publish(name, stage_it, options, Access(job.record.owner))
 
-    def _results(self, measured: Mapping[int, Mapping[str, Any]], manifest: Path) -> list[FileRecord]:
+    def _results(
+        self, measured: Mapping[int, Mapping[str, Any]], manifest: Path, owner: str
+    ) -> list[FileRecord]:
         written = {"step_metrics.csv": step_metrics(measured), manifest.name: manifest.read_bytes()}
-        return [self._files.write(data, name, "fine-tune-results") for name, data in written.items()]
+        return [self._files.write(data, name, "fine-tune-results", owner) for name, data in written.items()]
 
     def _warnings(self, published: Published) -> list[JobEvent]:
         said = list(published.warnings)

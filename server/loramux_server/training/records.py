@@ -36,6 +36,7 @@ class FileRecord(msgspec.Struct, frozen=True):
     purpose: Purpose
     num_bytes: int
     created: float
+    owner: str = ""  # the tenant whose it is; "" is the operator
 
 
 class JobFault(msgspec.Struct, frozen=True):
@@ -111,6 +112,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     fine_tuned_model: str | None = None
     result_files: list[str] = []
     error: JobFault | None = None
+    owner: str = ""  # the tenant whose it is, and whose its files and models are; "" is the operator
 
     @property
     def ended(self) -> bool:

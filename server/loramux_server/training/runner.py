@@ -12,8 +12,10 @@ import contextlib
 import logging
 import time
 from contextlib import aclosing
+from pathlib import Path
 
 from loramux_adapters.errors import EngineError, LoramuxError, StorageError, StorageFull
+from loramux_adapters.training.tensorboard import TensorBoardLog
 from loramux_server.engine.interface import EngineClient
 from loramux_server.engine.messages import (
     AdapterRef,
@@ -37,7 +39,7 @@ MAX_INTERRUPTIONS = 5  # ends of the worker without a checkpoint between them
 
 
 class TrainingRunner:
-    """`closing` is set when the server ends."""
+    """`closing` is set when the server ends; below `tensorboard` each job gets a folder of its curves."""
 
     def __init__(
         self,
@@ -45,11 +47,14 @@ class TrainingRunner:
         publication: Publication,
         metrics: TrainingMetrics,
         closing: asyncio.Event,
+        tensorboard: Path | None = None,
     ) -> None:
         self._engine = engine
         self._publication = publication
         self._metrics = metrics
         self._closing = closing
+        self._tensorboard = tensorboard
+        self._log: TensorBoardLog | None = None  # of the job that is carried out
 
     async def carry_out(self, job: Job) -> None:
         """Raises StorageError if not even the job's record can be written."""
@@ -79,6 +84,9 @@ class TrainingRunner:
         finally:
             job.progress = None
             self._metrics.idle()
+            log, self._log = self._log, None
+            if log is not None:
+                await asyncio.to_thread(log.close)
         logger.info("fine-tuning job %s is %s", job.id, job.record.status)
 
     async def stop(self, job: Job) -> None:
@@ -151,6 +159,8 @@ class TrainingRunner:
         if isinstance(event, TrainingStep):
             await self._step(job, event)
         elif isinstance(event, TrainingEval):
+            if self._log is not None:
+                self._log.evaluated(event)
             await job.say(_evaluated(event))
         elif isinstance(event, TrainingCheckpoint):
             if job.record.status != "cancelled":
@@ -164,6 +174,8 @@ class TrainingRunner:
 
     async def _prepared(self, job: Job, event: TrainingPrepared) -> None:
         job.progress = Progress(event.total_steps, event.step)
+        if self._tensorboard is not None:
+            self._log = await asyncio.to_thread(TensorBoardLog, self._tensorboard / job.id, event.step)
         plan = event.plan
         events = []
         if job.record.resolved is None:
@@ -177,6 +189,8 @@ class TrainingRunner:
 
     async def _step(self, job: Job, step: TrainingStep) -> None:
         self._metrics.observe(step)
+        if self._log is not None:
+            self._log.trained(step)
         if job.progress is not None:
             job.progress.advance(step.step)
         data = {

@@ -39,7 +39,9 @@ from loramux_server.api.idempotency import Idempotency, key_of
 from loramux_server.api.methods import refuse_others
 from loramux_server.api.openapi import describe, describe_answer
 from loramux_server.api.uploads import ARCHIVE, FIELDS, FILES, Upload, is_multipart, receive_upload
+from loramux_server.api.visible import VisibleAdapters
 from loramux_server.catalog import AdapterCatalog
+from loramux_server.keys.principal import current_access
 
 MAX_UPLOADS = 16  # at once; each may take the disk space of the largest adapter
 DELETE_WAIT_S = 30.0
@@ -85,6 +87,7 @@ class AdapterRoutes:
     def __init__(self, api: ApiContext, catalog: AdapterCatalog) -> None:
         self._api = api
         self._catalog = catalog
+        self._visible = VisibleAdapters(catalog.registry)
         self._views = AdapterViews(catalog)
         self._repeats = Idempotency()
         self._uploads = 0
@@ -117,14 +120,14 @@ class AdapterRoutes:
     async def change(self, name: str, request: Request) -> Response:
         """Change what the body names; the generation stays."""
         body = parse(AdapterOptions, await read_object(request, self._api.settings.max_body_bytes))
-        record = await self._catalog.update(name, body.options())
+        record = await self._catalog.update(name, body.options(), current_access())
         return _json(await asyncio.to_thread(self._views.card, record))
 
     async def delete(
         self, name: str, timeout: Annotated[float, Query(ge=0, le=600)] = DELETE_WAIT_S
     ) -> Response:
         """Forget the name at once, and wait for the requests that run on it: 200 when none is left, else 202."""
-        left = await self._catalog.delete(name, timeout)
+        left = await self._catalog.delete(name, timeout, current_access())
         return _json(AdapterDeleted(name, left), 202 if left else 200)
 
     async def rollback(self, name: str, request: Request) -> Response:
@@ -133,7 +136,7 @@ class AdapterRoutes:
         body = parse(RollbackBody, values)
 
         async def work() -> bytes:
-            record = await self._catalog.rollback(name, body.generation)
+            record = await self._catalog.rollback(name, body.generation, current_access())
             return msgspec.json.encode(await asyncio.to_thread(self._views.card, record))
 
         answer = await self._repeats.once(key_of(request), _digest("rollback", name, values), work)
@@ -141,12 +144,11 @@ class AdapterRoutes:
 
     async def download(self, name: str) -> Response:
         """The two files of `name` or `name@generation` as a .tar.gz, which can be uploaded again."""
-        registry = self._catalog.registry
-        if f"{name}/download" in registry:  # an adapter may be called that
+        if f"{name}/download" in self._visible:  # an adapter may be called that
             return await self.show(f"{name}/download")
-        lease = registry.lease(name)
+        lease = self._visible.lease(name)
         try:
-            path = await asyncio.to_thread(registry.store.path, lease.record.generation)
+            path = await asyncio.to_thread(self._visible.store.path, lease.record.generation)
             return AdapterDownload(lease, path)
         except BaseException:
             lease.release()
@@ -172,7 +174,7 @@ class AdapterRoutes:
         return await self._repeats.once(key, _digest("pull", values), lambda: self._publish(body, stage))
 
     async def _publish(self, body: NewAdapter, stage: Callable[[], Staged]) -> bytes:
-        published = await self._catalog.publish(body.name, stage, body.options())
+        published = await self._catalog.publish(body.name, stage, body.options(), current_access())
         card = await asyncio.to_thread(self._views.card, published.record)
         card.warnings = list(published.warnings)
         return msgspec.json.encode(card)

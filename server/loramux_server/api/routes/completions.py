@@ -16,6 +16,7 @@ from loramux_server.api.answer import Choice, chunk_events, count_sequences, ign
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.detokenize import Detokenizer, Pieces
+from loramux_server.api.fill_in import fill_in_prompts
 from loramux_server.api.generation import Ask, Piece, ScoredToken
 from loramux_server.api.identity import Identity
 from loramux_server.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
@@ -170,6 +171,9 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
 
 async def _prompts(api: ApiContext, body: CompletionBody, vocab_size: int) -> list[list[int]]:
     match body.prompt:
+        case _ if body.suffix:
+            prompts = await fill_in_prompts(api.texts, body, body.suffix)
+            paths = ["prompt"] * len(prompts)
         case str() as text:
             prompts, paths = await api.texts.encode([text]), ["prompt"]
         case [str(), *_] as texts:

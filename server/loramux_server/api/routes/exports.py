@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from loramux_adapters.errors import RequestError, UnknownAdapter
+from loramux_adapters.registry import AdapterRecord
 from loramux_server.api.adapter_view import AdapterViews
 from loramux_server.api.adapter_wire import parse
 from loramux_server.api.body import read_object
@@ -38,9 +39,11 @@ from loramux_server.api.idempotency import Idempotency, key_of
 from loramux_server.api.methods import refuse_others
 from loramux_server.api.openapi import describe, describe_answer
 from loramux_server.api.stream import DONE, EventStream, encode_event
+from loramux_server.api.visible import VisibleAdapters
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.exports.manager import ExportManager
 from loramux_server.exports.run import Export
+from loramux_server.keys.principal import current_access
 
 EXPORT_BODIES: list[type[BaseModel]] = [ExportBody]
 EXPORT_ANSWERS: list[type[msgspec.Struct]] = [
@@ -92,7 +95,7 @@ def exports_router(api: ApiContext, catalog: AdapterCatalog, exports: ExportMana
 class ExportRoutes:
     def __init__(self, api: ApiContext, catalog: AdapterCatalog, exports: ExportManager) -> None:
         self._api = api
-        self._registry = catalog.registry
+        self._registry = VisibleAdapters(catalog.registry)
         self._adapters = AdapterViews(catalog)
         self._exports = exports
         self._repeats = Idempotency()
@@ -104,7 +107,8 @@ class ExportRoutes:
 
         async def work() -> bytes:
             adapter = self._registry.resolve(name).name
-            export = await self._exports.create(adapter, self._merged(name, adapter, body), body.request())
+            merged, access = self._merged(name, adapter, body), current_access()
+            export = await self._exports.create(adapter, merged, body.request(), access)
             return msgspec.json.encode(view(export))
 
         digest = hashlib.sha256(json.dumps(["export", name, values], sort_keys=True).encode()).hexdigest()
@@ -117,10 +121,10 @@ class ExportRoutes:
         """The exports of an adapter, newest first, also of one that is deleted."""
         if f"{name}/exports" in self._registry:  # an adapter may be called that
             return _json(await asyncio.to_thread(self._adapters.one, f"{name}/exports"))
-        found = self._exports.of(name)
+        found = self._exports.of(name, current_access())
         if not found:
             self._registry.get(name)
-        start = 0 if after is None else 1 + found.index(self._exports.get(name, after))
+        start = 0 if after is None else 1 + found.index(self._get(name, after))
         page = [view(export) for export in found[start : start + limit]]
         answer = AdapterExportList(
             data=page,
@@ -132,20 +136,22 @@ class ExportRoutes:
 
     async def show(self, name: str, export_id: str) -> Response:
         """One export, with its report when there is one."""
-        return await self._answer(self._exports.get(name, export_id))
+        return await self._answer(self._get(name, export_id))
 
     async def cancel(self, name: str, export_id: str) -> Response:
         """Stop an export that waits or runs; what it had written is removed."""
+        self._get(name, export_id)
         return await self._answer(await self._exports.cancel(name, export_id))
 
     async def delete(self, name: str, export_id: str) -> Response:
         """Forget an export and remove its files."""
+        self._get(name, export_id)
         await self._exports.delete(name, export_id)
         return _json(AdapterExportDeleted(export_id))
 
     async def events(self, name: str, export_id: str, request: Request, stream: bool = False) -> Response:
         """What happened so far; with `stream` also what happens from now on, and the progress."""
-        export = self._exports.get(name, export_id)
+        export = self._get(name, export_id)
         if stream:
             return await EventStream.open(request.receive, self._follow(export), ExitStack(), {})
         events = [event_view(event) for event in export.job.events]
@@ -153,10 +159,15 @@ class ExportRoutes:
 
     async def download(self, name: str, export_id: str) -> Response:
         """The files of a finished export as a tar."""
+        self._get(name, export_id)
         with ExitStack() as held:
             export = held.enter_context(self._exports.reading(name, export_id))
             files = await asyncio.to_thread(export.folder.files)
             return ExportDownload(export.job, files, held.pop_all())
+
+    def _get(self, name: str, export_id: str) -> Export:
+        """An export never changes hands, so that who may see it may go on to use its id."""
+        return self._exports.get(name, export_id, current_access())
 
     async def _answer(self, export: Export) -> Response:
         return _json(view(export, await asyncio.to_thread(export.folder.report)))
@@ -176,20 +187,27 @@ class ExportRoutes:
         yield DONE
 
     def _merged(self, path_name: str, adapter: str, body: ExportBody) -> list[tuple[str, float]]:
-        """Every adapter of the merge exists, is named once, and the path's is among them."""
+        """Every adapter of the merge exists, is named once, and the path's is among them.
+
+        As `name@generation`: between now and its lease a name may change hands, a generation of it cannot.
+        """
         merged = body.merged(path_name)
-        names = [self._resolved(index, item.name) for index, item in enumerate(merged)]
+        records = [self._resolved(index, item.name) for index, item in enumerate(merged)]
+        names = [record.name for record in records]
         if adapter not in names:
             raise RequestError(
                 f"adapters: '{adapter}', which the path names, must be among them", param="adapters"
             )
         if len(set(names)) < len(names):
             raise RequestError("adapters: an adapter is named twice; add up its weights", param="adapters")
-        return [(item.name, item.weight) for item in merged]
+        return [
+            (f"{record.name}@{record.generation}", item.weight)
+            for record, item in zip(records, merged, strict=True)
+        ]
 
-    def _resolved(self, index: int, name: str) -> str:
+    def _resolved(self, index: int, name: str) -> AdapterRecord:
         try:
-            return self._registry.resolve(name).name
+            return self._registry.resolve(name)
         except UnknownAdapter:
             param = f"adapters[{index}].name"
             raise UnknownAdapter(f"{param}: there is no adapter named {name[:200]!a}", param=param) from None

@@ -27,6 +27,7 @@ from loramux_server.api.uploads import (
     receive_form,
 )
 from loramux_server.catalog import AdapterCatalog
+from loramux_server.keys.principal import current_access
 from loramux_server.training.database import Order
 from loramux_server.training.files import MAX_FILE_BYTES
 from loramux_server.training.manager import JobManager
@@ -86,7 +87,8 @@ class FileRoutes:
 
                 async def work() -> bytes:
                     source = upload.directory / "file"
-                    file = await asyncio.to_thread(self._files.add, source, filename, PURPOSE)
+                    owner = current_access().owner
+                    file = await asyncio.to_thread(self._files.add, source, filename, PURPOSE, owner)
                     return msgspec.json.encode(file_view(file))
 
                 digest = hashlib.sha256(f"{filename}\0{upload.digest}".encode()).hexdigest()
@@ -104,22 +106,27 @@ class FileRoutes:
     ) -> Response:
         """The files by age, newest first unless `order` is asc."""
         files, has_more = await asyncio.to_thread(
-            self._files.page, purpose=purpose, after=after, limit=limit, order=order
+            self._files.page,
+            purpose=purpose,
+            after=after,
+            limit=limit,
+            order=order,
+            access=current_access(),
         )
         return _json(file_list(files, has_more))
 
     async def show(self, file_id: str) -> Response:
         """One file."""
-        return _json(file_view(await asyncio.to_thread(self._files.get, file_id)))
+        return _json(file_view(await asyncio.to_thread(self._files.get, file_id, current_access())))
 
     async def delete(self, file_id: str) -> Response:
         """Forget a file. A job that needs it has its own hold on the data."""
-        await asyncio.to_thread(self._files.delete, file_id)
+        await asyncio.to_thread(self._files.delete, file_id, current_access())
         return _json(FileDeleted(file_id))
 
     async def content(self, file_id: str) -> Response:
         """The file's bytes."""
-        return FileDownload(*await asyncio.to_thread(self._files.open, file_id))
+        return FileDownload(*await asyncio.to_thread(self._files.open, file_id, current_access()))
 
 
 def _checked(upload: Upload) -> str:

@@ -23,6 +23,7 @@ from loramux_adapters.training.recipe import Recipe, TrainingBase, resolve
 from loramux_adapters.training.start import continued
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
+from loramux_server.api.fine_tuning_plan import FineTuningPlan, plan_view
 from loramux_server.api.fine_tuning_wire import (
     FineTuningBody,
     FineTuningCheckpoint,
@@ -44,14 +45,16 @@ from loramux_server.api.openapi import describe, describe_answer
 from loramux_server.api.stream import DONE, EventStream, encode_event
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.messages import AdapterRef
+from loramux_server.keys.principal import current_access
 from loramux_server.training.job import Job
 from loramux_server.training.manager import JobManager
+from loramux_server.training.planner import Planner
 from loramux_server.training.records import JobRequest
 
 FINE_TUNING_BODIES: list[type[BaseModel]] = [FineTuningBody]
 FINE_TUNING_ANSWERS: list[type[msgspec.Struct]] = [
     *(FineTuningJob, FineTuningJobList, FineTuningEvent, FineTuningEventList),
-    *(FineTuningCheckpoint, FineTuningCheckpointList),
+    *(FineTuningCheckpoint, FineTuningCheckpointList, FineTuningPlan),
 ]
 
 T = TypeVar("T")
@@ -69,6 +72,7 @@ def fine_tuning_router(api: ApiContext, catalog: AdapterCatalog, jobs: JobManage
         ("POST", every, routes.create, describe(FineTuningBody, FineTuningJob)),
         ("GET", every, routes.page, describe_answer(FineTuningJobList)),
         ("GET", one, routes.show, describe_answer(FineTuningJob)),
+        ("POST", "/v1/fine_tuning/plan", routes.plan, describe(FineTuningBody, FineTuningPlan)),
         ("POST", f"{one}/cancel", routes.cancel, describe_answer(FineTuningJob)),
         ("POST", f"{one}/pause", routes.pause, describe_answer(FineTuningJob)),
         ("POST", f"{one}/resume", routes.resume, describe_answer(FineTuningJob)),
@@ -88,6 +92,7 @@ class FineTuningRoutes:
         self._catalog = catalog
         self._jobs = jobs
         self._repeats = Idempotency()
+        self._planner = Planner(catalog, jobs.files, api.texts.another)
 
     async def create(self, request: Request) -> Response:
         """Queue a job that trains an adapter of the base, or one further, on an uploaded file."""
@@ -107,6 +112,19 @@ class FineTuningRoutes:
         answer = await self._repeats.once(key_of(request), digest, work)
         return Response(answer, media_type="application/json")
 
+    async def plan(self, request: Request) -> Response:
+        """What a job of this body would be: rows as they are read, steps, memory. Nothing is created."""
+        asked, recipe = read_request(await read_object(request, self._api.settings.max_body_bytes))
+        with ExitStack() as held:
+            initial = self._initial(asked, recipe, held)
+            await asyncio.to_thread(self._check, asked, recipe, initial)
+            await self._check_files(asked)
+            spec = None if initial is None else AdapterSpec.from_config(json.loads(self._config(initial)))
+            try:
+                return _json(plan_view(await self._planner.plan(asked, recipe, spec)))
+            except TrainingError as error:
+                raise located(error, asked.paths) from None
+
     async def page(
         self,
         request: Request,
@@ -115,25 +133,25 @@ class FineTuningRoutes:
     ) -> Response:
         """The jobs, newest first; `metadata[key]=value` and `metadata=null` choose among them."""
         wanted = _metadata_filter(request)
-        jobs = [job for job in self._jobs.all() if wanted(job)]
+        jobs = [job for job in self._jobs.all(current_access()) if wanted(job)]
         page, has_more = _page(jobs, [job.id for job in jobs], after, limit)
         return _json(FineTuningJobList([job_view(job) for job in page], has_more))
 
     async def show(self, job_id: str) -> Response:
         """One job."""
-        return _json(job_view(self._jobs.get(job_id)))
+        return _json(job_view(self._get(job_id)))
 
     async def cancel(self, job_id: str) -> Response:
         """End a job; its checkpoints stay."""
-        return _json(job_view(await self._jobs.cancel(job_id)))
+        return _json(job_view(await self._jobs.cancel(self._get(job_id).id)))
 
     async def pause(self, job_id: str) -> Response:
         """Let a job wait, with a checkpoint of what it has done; the next one trains."""
-        return _json(job_view(await self._jobs.pause(job_id)))
+        return _json(job_view(await self._jobs.pause(self._get(job_id).id)))
 
     async def resume(self, job_id: str) -> Response:
         """Queue a paused job again."""
-        return _json(job_view(await self._jobs.resume(job_id)))
+        return _json(job_view(await self._jobs.resume(self._get(job_id).id)))
 
     async def events(
         self,
@@ -144,7 +162,7 @@ class FineTuningRoutes:
         stream: bool = False,
     ) -> Response:
         """What happened, newest first; with `stream`, from the beginning on and as it happens, oldest first."""
-        job = self._jobs.get(job_id)
+        job = self._get(job_id)
         if stream:
             return await EventStream.open(request.receive, self._follow(job), ExitStack(), {})
         database = self._jobs.database
@@ -155,11 +173,15 @@ class FineTuningRoutes:
         self, job_id: str, after: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 10
     ) -> Response:
         """The models that the job has made so far, newest first."""
-        found = await self._jobs.checkpoints(self._jobs.get(job_id))
+        found = await self._jobs.checkpoints(self._get(job_id))
         page, has_more = _page(found, [one.id for one in found], after, limit)
         views = [checkpoint_view(one) for one in page]
         first, last = (views[0].id, views[-1].id) if views else (None, None)
         return _json(FineTuningCheckpointList(views, first, last, has_more))
+
+    def _get(self, job_id: str) -> Job:
+        """A job never changes hands, so that who may see it may go on to use its id."""
+        return self._jobs.get(job_id, current_access())
 
     async def _follow(self, job: Job) -> AsyncGenerator[bytes, None]:
         place = 0
@@ -174,12 +196,19 @@ class FineTuningRoutes:
         yield DONE
 
     async def _create(self, asked: JobRequest, initial: AdapterRef | None) -> Job:
+        access = current_access()
+        await self._check_files(asked)
+        await asyncio.to_thread(self._catalog.quotas.check, access)
+        return await self._jobs.create(asked, self._api.models.base_names[0], initial, access)
+
+    async def _check_files(self, asked: JobRequest) -> None:
+        """They are there, the caller's, and for training."""
         for field in ("training_file", "validation_file"):
             file_id = getattr(asked, field)
             if file_id is None:
                 continue
             try:
-                file = await asyncio.to_thread(self._jobs.files.get, file_id)
+                file = await asyncio.to_thread(self._jobs.files.get, file_id, current_access())
             except UnknownFile as error:
                 raise UnknownFile(error.message.replace("id:", f"{field}:", 1), param=field) from None
             if file.purpose != "fine-tune":
@@ -187,7 +216,6 @@ class FineTuningRoutes:
                     f"{field}: {file_id} is a file for '{file.purpose}', one for 'fine-tune' is needed",
                     param=field,
                 )
-        return await self._jobs.create(asked, self._api.models.base_names[0], initial)
 
     def _initial(self, asked: JobRequest, recipe: Recipe, held: ExitStack) -> AdapterRef | None:
         """The adapter to train further: `model`, or `init_from` beside the base's name. Leased by `held`."""
@@ -210,7 +238,7 @@ class FineTuningRoutes:
         """What can be known to be wrong before the data is read. Raises TrainingError."""
         geometry, ready = self._catalog.geometry, self._api.engine.ready
         device = "cuda" if ready.device.startswith("cuda") else ready.device
-        base = TrainingBase(geometry, hidden_size=1024, context_length=2**31, device=device)
+        base = TrainingBase(geometry, hidden_size=1024, context_length=ready.context_length, device=device)
         try:
             if initial is not None:
                 config = json.loads(self._config(initial))

@@ -14,6 +14,7 @@ from loramux_server.api.openapi import describe_answer
 from loramux_server.api.wire import ModelCard, ModelDeleted, ModelList
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.engine.interface import AdapterView
+from loramux_server.keys.principal import current_access
 
 _ONE = "/v1/models/{model:path}"
 
@@ -69,7 +70,7 @@ def _add_deletion(router: APIRouter, api: ApiContext, catalog: AdapterCatalog) -
                 "model: a name is deleted with all its generations, not one of them", param="model"
             )
         name = api.models.adapter(model).name
-        await catalog.delete(name, timeout=0)
+        await catalog.delete(name, 0, current_access())
         return _json(ModelDeleted(name))
 
 

@@ -25,6 +25,7 @@ from loramux_server.api.responses_protocol import ResponsesBody
 from loramux_server.api.responses_shape import ResponseShape
 from loramux_server.api.responses_store import ResponseStore
 from loramux_server.api.responses_wire import Item, ItemList, ResponseDeleted, ResponseObject
+from loramux_server.keys.principal import current_access
 
 RESPONSES_ANSWERS = (ResponseObject, ResponseDeleted, ItemList)
 _ONE = "/v1/responses/{response_id}"
@@ -40,10 +41,11 @@ def responses_router(api: ApiContext) -> APIRouter:
         """Answer a conversation, or go on with one that is kept."""
         body = read_body(api.models.with_defaults(await read_object(request, settings.max_body_bytes)))
         given = read_input(body, store)
+        access = current_access()
 
         def keep(response: ResponseObject) -> None:
             if body.store is not False:
-                store.put(response, given)
+                store.put(response, given, access)
 
         with ExitStack() as held:
             with in_our_words():
@@ -60,12 +62,12 @@ def responses_router(api: ApiContext) -> APIRouter:
         """A response that is kept."""
         if stream:
             raise unsupported("stream", "stream: a response that is kept is whole; leave it out")
-        return _json(store.get(response_id).body)
+        return _json(store.get(response_id, current_access()).body)
 
     @router.delete(_ONE, openapi_extra=describe_answer(ResponseDeleted))
     async def delete_response(response_id: str) -> Response:
         """Forget it; responses that went on from it stay."""
-        store.delete(response_id)
+        store.delete(response_id, current_access())
         return _json(msgspec.json.encode(ResponseDeleted(response_id)))
 
     @router.get(f"{_ONE}/input_items", openapi_extra=describe_answer(ItemList))
@@ -76,7 +78,7 @@ def responses_router(api: ApiContext) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
         """What the model was given, with the conversation before it, newest first."""
-        given = store.get(response_id).given
+        given = store.get(response_id, current_access()).given
         return _json(msgspec.json.encode(_page(given if order == "asc" else given[::-1], after, limit)))
 
     refuse_others(router, _ONE, {"GET", "DELETE"})

@@ -1,4 +1,4 @@
-"""GET /health, /version and /metrics: what operators and their tools ask."""
+"""GET /health, /ready, /version and /metrics: what operators and their tools ask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loramux_adapters.errors import EngineError
 from loramux_server.api.context import ApiContext
 from loramux_server.api.errors import NotServed
 from loramux_server.api.openapi import describe_answer
-from loramux_server.api.wire import Health, Version
+from loramux_server.api.wire import Health, Readiness, Version
 
 
 def service_router(api: ApiContext) -> APIRouter:
@@ -19,10 +19,19 @@ def service_router(api: ApiContext) -> APIRouter:
 
     @router.get("/health", openapi_extra=describe_answer(Health))
     async def health() -> Response:
-        """200 when requests are accepted, 503 while starting, restarting or draining."""
+        """Live: 200 unless work is pending and the worker does nothing about it, which the 503 names."""
+        if api.engine.stall is not None:
+            raise EngineError(api.engine.stall)
+        return Response(msgspec.json.encode(Health()), media_type="application/json")
+
+    @router.get("/ready", openapi_extra=describe_answer(Readiness))
+    async def ready() -> Response:
+        """200 when requests are accepted; 503 with the reason while starting, restarting, stalled or draining."""
         if api.engine.state != "ready":
             raise EngineError(f"the engine is {api.engine.state}")
-        return Response(msgspec.json.encode(Health()), media_type="application/json")
+        if api.engine.stall is not None:
+            raise EngineError(api.engine.stall)
+        return Response(msgspec.json.encode(Readiness()), media_type="application/json")
 
     @router.get("/version", openapi_extra=describe_answer(Version))
     async def version() -> Response:

@@ -18,6 +18,7 @@ from loramux_server.api.adapter_wire import LoadLoraBody, UnloadLoraBody, parse
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.catalog import AdapterCatalog
+from loramux_server.keys.principal import current_access
 from loramux_server.publishing import Options
 
 
@@ -33,14 +34,15 @@ def vllm_router(api: ApiContext, catalog: AdapterCatalog) -> APIRouter:
         def stage() -> Staged:
             return _stage_below(Path(body.lora_path), roots, catalog)
 
-        await catalog.publish(body.lora_name, stage, Options(overwrite=body.load_inplace))
+        options = Options(overwrite=body.load_inplace)
+        await catalog.publish(body.lora_name, stage, options, current_access())
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
     async def unload_lora_adapter(request: Request) -> Response:
         """Forget an adapter; requests that run on it finish."""
         body = parse(UnloadLoraBody, await read_object(request, api.settings.max_body_bytes))
-        await catalog.delete(body.lora_name, timeout=0)
+        await catalog.delete(body.lora_name, 0, current_access())
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router

@@ -1,0 +1,326 @@
+"""What happens to a real server, and what must be true of it meanwhile: every request ends, answers that finish are right.
+
+Each method is one kind of trouble over the same running server; it raises AssertionError for what may not happen and returns
+figures to be printed. Greedy answers are compared with those that the server gave in peace, so it has to compute in fp32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+
+from loramux_adapters.adapter_files import ADAPTER_FILES
+from loramux_adapters.demo import demo_adapters
+from tests.e2e.conftest import Server
+
+PATIENCE_S = 180.0  # without a byte: what takes longer is a client that hangs
+PROMPTS = ("Once upon a time", "The capital of France is", "1, 2, 3, 4,")
+TOKENS = 24
+RESTART_S = 120.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a stream ended: `finished`, `error` (told in an event), `refused` (another status), `cut` or `hung`."""
+
+    how: str
+    text: str
+    accepted: bool
+    detail: str = ""
+
+
+@dataclass
+class Tally:
+    """What many streams came to."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, end: Ended, expected: str, *, cut_is_wrong: bool = True) -> None:
+        self.ends[end.how] += 1
+        if end.how == "finished" and end.text != expected:
+            self.faults.append(f"{end.text!r} is not {expected!r}")
+        if end.how == "hung" or (end.how == "cut" and cut_is_wrong):
+            self.faults.append(f"a stream {end.how} after {end.text!r}: {end.detail}")
+
+    def check(self) -> None:
+        assert not self.faults, self.faults[:3]
+
+
+class Chaos:
+    """One running server. Methods may be called in any order; `terminated` is the last."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self._random = Random(seed)
+        self._models = ["demo", *sorted(demo_adapters())]
+        self._questions = list(itertools.product(self._models, PROMPTS))
+        self._expected = {question: self._ask(*question) for question in self._questions}
+        assert len(set(self._expected.values())) > len(self._models), "the adapters answer alike"
+        self._names = itertools.count()
+
+    # --- the troubles ----------------------------------------------------------------------------------------------
+
+    def workers_killed(self, kills: int, streams: int = 16) -> dict[str, object]:
+        """kill -9 of the worker every few seconds under `streams` clients that ask again and again."""
+        tally, enough = Tally(), threading.Event()
+        began = time.monotonic()
+        with ThreadPoolExecutor(streams) as pool:
+            asking = [pool.submit(self._keep_asking, tally, enough, number) for number in range(streams)]
+            try:
+                for _ in range(kills):
+                    self.until_ready()
+                    time.sleep(self._random.uniform(0.5, 3.0))
+                    os.kill(self.worker_pid(), signal.SIGKILL)
+                    time.sleep(0.2)
+                self.until_ready()
+                time.sleep(2.0)
+            finally:
+                enough.set()
+            for one in asking:
+                one.result()
+        tally.check()
+        assert tally.ends["finished"], "nothing was answered between the kills"
+        assert tally.ends["error"] + tally.ends["refused"], "nobody noticed the kills"
+        return {"kills": kills, "seconds": round(time.monotonic() - began), **tally.ends}
+
+    def overload(self, capacity: int) -> dict[str, object]:
+        """Twice as many requests at once as the server takes: those it took finish, the others are told at once."""
+        front = psutil.Process(self.server.process.pid)
+        before = front.memory_info().rss
+        together = threading.Barrier(2 * capacity)
+        refused: list[float] = []
+        tally = Tally()
+
+        def one(number: int) -> None:
+            question = self._questions[number % len(self._questions)]
+            with httpx.Client(timeout=PATIENCE_S) as client:
+                together.wait()
+                began = time.monotonic()
+                end = self._stream(*question, client=client)
+                if end.how == "refused":
+                    refused.append(time.monotonic() - began)
+                    assert end.detail in ("429", "503"), end.detail
+            tally.add(end, self._expected[question])
+
+        with ThreadPoolExecutor(2 * capacity) as pool:
+            for task in [pool.submit(one, number) for number in range(2 * capacity)]:
+                task.result()
+        tally.check()
+        assert tally.ends["finished"] >= capacity, tally.ends
+        assert tally.ends["finished"] + tally.ends["refused"] == 2 * capacity, tally.ends
+        grown = (front.memory_info().rss - before) / 2**20
+        assert grown < 64, f"the front grew by {grown:.0f} MiB"
+        told = round(1000 * statistics.median(refused)) if refused else None
+        return {**tally.ends, "refused after ms (median)": told, "front grew by MiB": round(grown, 1)}
+
+    def slow_clients(self, each: int, wait_s: float) -> dict[str, object]:
+        """Half a header, half a body, half a connection: others are answered; in `wait_s` the server has let them go."""
+        descriptors = self._descriptors()
+        address = urlsplit(self.server.url)
+        question = self._questions[0]
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        halves = [head, head + b"content-length: 1000\r\n\r\n{", head + b"content-length: 2\r\n\r\n{}"]
+        with ExitStack() as held:
+            connections = []
+            for number in range(each * len(halves)):
+                connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=10)
+                connections.append(held.enter_context(connection))
+                connection.sendall(halves[number % len(halves)])
+                if number % len(halves) == 2:
+                    connection.shutdown(socket.SHUT_WR)
+            began = time.monotonic()
+            answer = self._stream(*question)
+            assert (answer.how, answer.text) == ("finished", self._expected[question])
+            seconds = time.monotonic() - began
+            deadline = time.monotonic() + wait_s
+            while wait_s and self._descriptors() > descriptors + 4:
+                assert time.monotonic() < deadline, "slow clients still hold their connections"
+                time.sleep(1)
+        self._until(lambda: self._descriptors() <= descriptors + 4, "descriptors leak", 30)
+        return {"connections": each * len(halves), "others answered after s": round(seconds, 2)}
+
+    def disk_full(self, data: Path) -> dict[str, object]:
+        """Uploads and exports are refused with 507 while there is no room; requests go on; then all is well again."""
+        self._upload(f"room-{next(self._names)}", 201)
+        with _filled(data):
+            self._upload(f"no-room-{next(self._names)}", 507)
+            rows = json.dumps({"prompt": "x" * 60_000, "completion": "y"}).encode()
+            parts = {"file": ("rows.jsonl", rows)}
+            full = httpx.post(
+                f"{self.server.url}/v1/files", data={"purpose": "fine-tune"}, files=parts, timeout=60
+            )
+            assert full.status_code == 507, full.text
+            export = httpx.post(f"{self.server.url}/v1/adapters/pirate/exports", json={}, timeout=60)
+            assert export.status_code == 507, export.text
+            question = self._random.choice(self._questions)
+            answer = self._stream(*question)
+            assert (answer.how, answer.text) == ("finished", self._expected[question])
+        self._upload(f"room-{next(self._names)}", 201)
+        return {"upload, file, export": 507, "requests meanwhile": "answered"}
+
+    def nothing_left(self) -> dict[str, object]:
+        """Once nobody asks: no sequence, no block, no slot is held."""
+        self._ask(*self._questions[0])
+        left = {}
+        for name in (
+            "num_requests_running",
+            "num_requests_waiting",
+            "kv_cache_usage_perc",
+            "http_requests_in_flight",
+        ):
+            left[name] = self.server.metrics()[f"loramux_{name}"]
+        left["http_requests_in_flight"] -= 1  # the scrape itself
+        assert not any(left.values()), left
+        return {**left, "descriptors": self._descriptors()}
+
+    def terminated(self, streams: int = 12) -> dict[str, object]:
+        """SIGTERM under load: what was accepted is answered in full, the rest refused; exit code 0."""
+        tally = Tally()
+        with ThreadPoolExecutor(streams) as pool:
+            tasks = []
+            for number in range(streams):
+                question = self._questions[number % len(self._questions)]
+                tasks.append((question, pool.submit(self._stream, *question)))
+            self._until(lambda: self._accepted() >= streams, "not all streams were accepted", 30)
+            self.server.process.send_signal(signal.SIGTERM)
+            self._until(lambda: _status(f"{self.server.url}/ready") != 200, "SIGTERM changed nothing", 30)
+            late = self._stream(*self._questions[0])
+            assert late.how == "refused" or not late.accepted, late
+            for question, task in tasks:
+                tally.add(task.result(), self._expected[question])
+        tally.check()
+        assert tally.ends == {"finished": streams}, tally.ends
+        code = self.server.process.wait(timeout=120)
+        assert code == 0, code
+        return {"accepted": streams, **tally.ends, "exit code": code}
+
+    # --- below -----------------------------------------------------------------------------------------------------
+
+    def until_ready(self) -> None:
+        self._until(
+            lambda: _status(f"{self.server.url}/ready") == 200, "the worker did not come back", RESTART_S
+        )
+
+    def worker_pid(self) -> int:
+        children = psutil.Process(self.server.process.pid).children()
+        [worker] = [child for child in children if "loramux_server.engine" in child.cmdline()]
+        return worker.pid
+
+    def _keep_asking(self, tally: Tally, enough: threading.Event, number: int) -> None:
+        questions = Random(number)
+        with httpx.Client(timeout=PATIENCE_S) as client:
+            while not enough.is_set():
+                question = questions.choice(self._questions)
+                end = self._stream(*question, client=client)
+                tally.add(end, self._expected[question])
+                if end.how == "refused":
+                    enough.wait(0.3)
+
+    def _stream(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        client: httpx.Client | None = None,
+    ) -> Ended:
+        body = _body(model, prompt) | {"stream": True}
+        text, accepted, finished = "", False, False
+        with ExitStack() as stack:
+            http = client or stack.enter_context(httpx.Client(timeout=PATIENCE_S))
+            try:
+                with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as answer:
+                    if answer.status_code != 200:
+                        answer.read()
+                        return Ended("refused", "", False, str(answer.status_code))
+                    for line in answer.iter_lines():
+                        said = line.removeprefix("data: ")
+                        if not said or said == "[DONE]":
+                            continue
+                        accepted = True
+                        event = json.loads(said)
+                        if "error" in event:
+                            return Ended("error", text, True, event["error"]["message"])
+                        text += event["choices"][0]["text"]
+                        finished = finished or event["choices"][0]["finish_reason"] is not None
+            except httpx.TimeoutException as error:
+                return Ended("hung", text, accepted, repr(error))
+            except httpx.TransportError as error:
+                return Ended("cut", text, accepted, repr(error))
+        if finished:
+            return Ended("finished", text, True)
+        return Ended("cut", text, accepted, "the stream ended without a finish or an error")
+
+    def _accepted(self) -> float:
+        """Requests that the engine has, as of its latest step."""
+        metrics = self.server.metrics()
+        return metrics["loramux_num_requests_running"] + metrics["loramux_num_requests_waiting"]
+
+    def _ask(self, model: str, prompt: str) -> str:
+        answer = httpx.post(
+            f"{self.server.url}/v1/completions", json=_body(model, prompt), timeout=PATIENCE_S
+        )
+        text: str = answer.raise_for_status().json()["choices"][0]["text"]
+        return text
+
+    def _upload(self, name: str, status: int) -> None:
+        source = demo_adapters()["pirate"]
+        files = [(file, (file, (source / file).read_bytes())) for file in ADAPTER_FILES]
+        answer = httpx.post(f"{self.server.url}/v1/adapters", data={"name": name}, files=files, timeout=120)
+        assert answer.status_code == status, answer.text[:500]
+
+    def _descriptors(self) -> int:
+        return psutil.Process(self.server.process.pid).num_fds()
+
+    def _until(self, condition: Callable[[], bool], complaint: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, complaint
+            time.sleep(0.1)
+
+
+def _body(model: str, prompt: str) -> dict[str, object]:
+    return {
+        "model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
+    }  # fmt: skip
+
+
+def _status(url: str) -> int:
+    try:
+        return httpx.get(url, timeout=10).status_code
+    except httpx.TransportError:
+        return 0
+
+
+@contextmanager
+def _filled(directory: Path) -> Iterator[None]:
+    """No byte of its file system is free."""
+    filler = directory / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            for size in (2**20, 4096, 1):
+                while True:
+                    try:
+                        file.write(b"\0" * size)
+                    except OSError:
+                        break
+            yield
+        finally:
+            filler.unlink()
