@@ -83,10 +83,9 @@ class PeftPeer:
         exact = self._deficits(streams, without)
         self._cast(self.dtype)
         rounded = self._deficits(streams, without)
-        return [
-            {**one, "deficit": float(torch.minimum(one.pop("deficits"), other["deficits"]).max())}
-            for one, other in zip(exact, rounded, strict=True)
-        ]
+        for one, other in zip(exact, rounded, strict=True):
+            one["deficit"] = float(torch.minimum(one.pop("deficits"), other["deficits"]).max())
+        return exact
 
     def _deficits(self, streams: Sequence[dict[str, Any]], without: Sequence[int]) -> list[dict[str, Any]]:
         """In the dtype that the parameters have; the order is that of `streams`."""

@@ -91,7 +91,9 @@ class Chaos:
                     os.kill(self.worker_pid(), signal.SIGKILL)
                     time.sleep(0.2)
                 self.until_ready()
-                time.sleep(2.0)
+                deadline = time.monotonic() + PATIENCE_S
+                while not tally.ends["finished"] and time.monotonic() < deadline:
+                    time.sleep(0.2)
             finally:
                 enough.set()
             for one in asking:
