@@ -283,10 +283,6 @@ class AdapterBank:
 
     # --- selection -----------------------------------------------------------------------------------------------
 
-    def place(self, generation: str | None) -> int:
-        """Where a resident adapter lies: rows sorted by it make the fewest products. The base comes first."""
-        return -1 if generation is None else self.tier.slots[generation].offset
-
     def set_adapter(self, rows: Sequence[str | None]) -> None:
         """Choose, for each row of the next forward pass, its adapter's generation (None: the base alone).
 

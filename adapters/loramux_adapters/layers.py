@@ -1,12 +1,10 @@
-"""One base linear, many adapters, a row each: the masked product over pieces of the pool.
+"""One base linear, many adapters, a row each: the masked all-slots product.
 
-The stacked factors of the active adapters are cut into pieces of whole adapters. For the rows of a forward pass whose
-adapters lie in a piece, with A `[R, in]` and B `[R, out]` its factors, `Y = X W^T + mask(X A^T) B`, where the mask
-`[rows, R]` keeps a rank row only where it belongs to the row's adapter. Dense products, no gather, no host
-synchronization; smaller pieces do less arithmetic that the mask throws away, and more calls. Linears that read the same
-input (q, k and v; gate and up) share the first product. A piece of one adapter has no mask. Rows without an adapter are
-in no part: the base alone. The scaling `lora_alpha / r` (or `/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is
-folded into B at load.
+For the rows of one forward pass, with A `[R, in]` and B `[R, out]` the stacked factors of the adapters that are active
+in it, `Y = X W^T + mask(X A^T) B`, where the mask `[rows, R]` keeps a rank row only where it belongs to the row's
+adapter. Two dense products, no gather, no host synchronization. Linears that read the same input (q, k and v; gate and up)
+share the first product. One active adapter for every row: no mask. None: the base alone. The scaling `lora_alpha / r` (or
+`/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is folded into B at load.
 
 Promises: a row whose adapter is None gets exactly the base's output; a row never sees another row's adapter, even if
 that one overflows to infinity (foreign entries are overwritten with zero, not multiplied by it).
@@ -41,43 +39,37 @@ class Expand:
     b: torch.Tensor
 
 
-@dataclass(eq=False)
-class Part:
-    """Rows that follow one another in a forward pass and have their adapters in one piece of the factors.
+class AdapterBatch:
+    """What every `MultiLoraLinear` reads in one forward pass; one object for the whole model.
 
-    `foreign` is `[rows, R]` bool, True where a rank row is not the row's adapter's, or None when all rows use the one
-    adapter of the piece. A linear that no active adapter targets is absent from `expands`.
+    `foreign` is `[rows, R]` bool, True where a rank row is not the row's adapter's, or None when every row uses the one
+    active adapter. A linear that no active adapter targets is absent from `expands`.
     """
 
-    rows: slice
-    shrinks: Mapping[int, Shrink]
-    expands: Mapping[str, Expand]
-    foreign: torch.Tensor | None
-    _input: torch.Tensor | None = None
-    _group: int = -1
-    _product: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.shrinks: Mapping[int, Shrink] = {}
+        self.expands: Mapping[str, Expand] = {}
+        self.foreign: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
+        self._group = -1
+        self._product: torch.Tensor | None = None
+
+    def select(
+        self, shrinks: Mapping[int, Shrink], expands: Mapping[str, Expand], foreign: torch.Tensor | None
+    ) -> None:
+        self.shrinks, self.expands, self.foreign = shrinks, expands, foreign
+        self._input = self._product = None
 
     def shrunk(self, group: int, x: torch.Tensor) -> torch.Tensor:
         """mask(X A^T) of a group, `[rows, members * R]`; computed once for linears called with the same tensor."""
         if self._product is None or self._input is not x or self._group != group:
             shrink = self.shrinks[group]
-            product = shrink.kernel(x.reshape(-1, x.shape[-1])[self.rows])
+            product = shrink.kernel(x.reshape(-1, x.shape[-1]))
             if self.foreign is not None:
                 per_member = product.view(product.shape[0], shrink.members, -1)
                 per_member.masked_fill_(self.foreign[:, None, :], 0.0)
             self._input, self._group, self._product = x, group, product
         return self._product
-
-
-class AdapterBatch:
-    """What every `MultiLoraLinear` reads in one forward pass; one object for the whole model."""
-
-    def __init__(self) -> None:
-        self.parts: Sequence[Part] = ()
-
-    def select(self, parts: Sequence[Part]) -> None:
-        """For the next pass; no two parts have a row in common."""
-        self.parts = parts
 
 
 class MultiLoraLinear(nn.Module):
@@ -101,11 +93,10 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x)
-        for part in self._batch.parts:
-            expand = part.expands.get(self.name)
-            if expand is not None:
-                product = part.shrunk(expand.group, x)
-                y.view(-1, self.out_features)[part.rows].addmm_(product[:, expand.columns], expand.b)
+        expand = self._batch.expands.get(self.name)
+        if expand is not None:
+            product = self._batch.shrunk(expand.group, x)
+            y.view(-1, self.out_features).addmm_(product[:, expand.columns], expand.b)
         return y
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from loramux_adapters import pool
 from loramux_adapters.errors import AdapterUnavailable, Fault, InvalidAdapter
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.weights import LoraWeights
@@ -82,37 +81,15 @@ def test_in_bf16_within_rounding(make: MakeHarness, zoo: list[LoraWeights], prep
     assert torch.equal(mixed[1], harness.run([None] * len(rows))[1])
 
 
-@pytest.mark.parametrize("most", [1, 16, 24, None])
-def test_the_pieces_of_a_cut_change_no_answer(
-    make: MakeHarness, zoo: list[LoraWeights], monkeypatch: pytest.MonkeyPatch, most: int | None
-) -> None:
-    """Sorted as the engine sorts them, and in any order."""
-    monkeypatch.setattr(pool, "_CPU_PIECE_ROWS", most)
-    harness = make(*zoo, max_loras=5, rows=64)
-    names = list(harness.adapters)
-    harness.make_ready(*names)
-    mixed = [names[0], None, names[1], names[2], names[4], names[3], None, names[1], names[4]]
-    for rows in (sorted(mixed, key=harness.bank.place), mixed):
-        for _ in range(10):  # reordered after eight
-            answer = harness.run(rows)
-        same(answer, harness.by_hand(rows))
-    pieces = harness.bank.pool._cut.pieces  # type: ignore[union-attr]
-    assert [len(piece.slots) for piece in pieces] == {1: [1] * 5, 16: [1, 1, 2, 1], 24: [3, 2], None: [5]}[
-        most
-    ]
-    harness.run(sorted(mixed, key=harness.bank.place))
-    assert len(harness.batch.parts) == len(pieces)
-
-
 def test_one_adapter_alone_and_then_none(make: MakeHarness, zoo: list[LoraWeights]) -> None:
     harness = make(*zoo)
     base = harness.run([None] * 3)
     name = list(harness.adapters)[3]
     harness.make_ready(name)
     same(harness.run([name] * 3), harness.by_hand([name] * 3))
-    assert [part.foreign for part in harness.batch.parts] == [None]
+    assert harness.batch.foreign is None
     assert torch.equal(harness.run([None] * 3), base)
-    assert not harness.batch.parts
+    assert not harness.batch.expands
 
 
 def test_an_overflowing_adapter_touches_no_other_row(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.kernels import DenseKernel
-from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Part, Shrink, install
+from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrink, install
 from loramux_adapters.nf4 import NF4Linear, NF4Weight
 from loramux_adapters.spec import BaseGeometry
 from tests.adapters.support import TinyModel
@@ -39,8 +39,11 @@ def select(batch: AdapterBatch, name: str, rows: list[str | None], own: Pairs) -
     b = torch.cat([pair[1] for pair in own.values()])
     owner = [key for key, pair in own.items() for _ in range(pair[0].shape[0])]
     foreign = torch.tensor([[key != row for key in owner] for row in rows])
-    shrinks, expands = {0: Shrink(DenseKernel(a), 1)}, {name: Expand(0, slice(0, a.shape[0]), b)}
-    batch.select([Part(slice(None), shrinks, expands, foreign if foreign.any() else None)])
+    batch.select(
+        {0: Shrink(DenseKernel(a), 1)},
+        {name: Expand(0, slice(0, a.shape[0]), b)},
+        foreign if foreign.any() else None,
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (1,)])
@@ -68,35 +71,11 @@ def test_one_adapter_for_all_rows_needs_no_mask() -> None:
     layer = MultiLoraLinear(base, "q", batch)
     x = random(1, 5, IN, seed=9)
     select(batch, "q", ["four"] * 5, own)
-    assert batch.parts[0].foreign is None
+    assert batch.foreign is None
     with torch.inference_mode():
         torch.testing.assert_close(
             layer(x), base(x) + x @ own["four"][0].T @ own["four"][1], rtol=1e-5, atol=1e-4
         )
-
-
-def test_parts_take_their_own_rows_and_leave_the_others_to_the_base() -> None:
-    base, own, batch = base_linear(), factors(), AdapterBatch()
-    layer = MultiLoraLinear(base, "q", batch)
-    x = random(1, 6, IN, seed=9)
-    spans = {"four": slice(0, 2), "nine": slice(3, 6)}
-    batch.select(
-        [
-            Part(
-                rows,
-                {0: Shrink(DenseKernel(own[name][0]), 1)},
-                {"q": Expand(0, slice(0, None), own[name][1])},
-                None,
-            )
-            for name, rows in spans.items()
-        ]
-    )
-    with torch.inference_mode():
-        y, plain = layer(x), base(x)
-    assert torch.equal(y[0, 2], plain[0, 2])
-    for name, rows in spans.items():
-        a, b = own[name]
-        torch.testing.assert_close(y[0, rows], plain[0, rows] + (x[0, rows] @ a.T) @ b, rtol=1e-5, atol=1e-4)
 
 
 def test_a_linear_that_no_active_adapter_targets_is_the_base() -> None:
@@ -138,7 +117,7 @@ def test_linears_with_one_input_share_the_first_product() -> None:
     keep = torch.tensor([1.0, 0.0, 1.0])[:, None]
     with torch.inference_mode():
         for inputs in ((x, x), (x, other), (other, x)):
-            batch.select([Part(slice(None), {0: shrink}, expands, foreign)])
+            batch.select({0: shrink}, expands, foreign)
             for layer, z, a, b in ((q, inputs[0], a_q, b_q), (v, inputs[1], a_v, b_v)):
                 expected = layer.base_layer(z) + keep * (z @ a.T @ b)
                 torch.testing.assert_close(layer(z), expected, rtol=1e-5, atol=1e-4)
@@ -154,7 +133,7 @@ def test_a_new_selection_forgets_the_product_of_the_last_one() -> None:
         first = layer(x)
         select(batch, "q", ["nine"], own)
         assert not torch.allclose(layer(x), first)
-        batch.select(())
+        batch.select({}, {}, None)
         assert torch.equal(layer(x), base(x))
 
 
@@ -172,4 +151,4 @@ def test_install_puts_layers_in_place_and_keeps_them_linear(tiny_geometry: BaseG
     ids = torch.arange(5)[None]
     with torch.inference_mode():
         assert torch.equal(model(ids), TinyModel(tiny_geometry)(ids))
-    assert not batch.parts
+    assert not batch.expands

@@ -52,8 +52,8 @@ class ModelRunner:
 
         Prompts whose log-probabilities were asked for are scored on the way.
         """
-        # Decoding sequences first: attention runs them as one batch. Neighbours in the pool share their adapters' products.
-        order = sorted(range(len(scheduled)), key=lambda i: self._place(scheduled[i]))
+        # Decoding sequences first: attention runs them as one batch.
+        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].count > 1)
         items = [scheduled[i] for i in order]
         tokens: list[int] = []
         positions: list[int] = []
@@ -81,9 +81,6 @@ class ModelRunner:
                 row += len(positions_of)
         logits: torch.Tensor = output.logits[0, : len(last_rows)]
         return logits.float()
-
-    def _place(self, item: Scheduled) -> tuple[bool, int]:
-        return item.count > 1, self.bank.place(item.sequence.generation)
 
     @staticmethod
     def _sampling_rows(items: list[Scheduled], order: list[int], count: int) -> list[int]:
