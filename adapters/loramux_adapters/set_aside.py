@@ -33,7 +33,8 @@ def set_aside(*paths: Path) -> str:
         if not any(path.with_name(path.name + suffix).exists() for path in paths):
             break
     try:
-        for path in paths:
+        # The database, which names the others, goes last: while it is here and damaged, the next start goes on with this.
+        for path in reversed(paths):
             if path.exists():
                 path.rename(path.with_name(path.name + suffix))
         for folder in {path.parent for path in paths}:

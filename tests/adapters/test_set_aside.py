@@ -121,3 +121,27 @@ def test_a_name_is_never_used_twice(tmp_path: Path, caplog: pytest.LogCaptureFix
         suffixes.add(set_aside(tmp_path / "jobs", tmp_path / "absent"))
     assert len(suffixes) == 3
     assert sorted(path.name for path in tmp_path.glob("jobs.corrupt-*/*")) == ["0", "1", "2"]
+
+
+def test_what_was_not_moved_in_full_is_moved_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty database beside the old generations would have them all swept away."""
+    filled(tmp_path, names=2)
+    (tmp_path / "adapters.sqlite3").write_bytes(b"x" * 5000)
+    rename, moved = Path.rename, []
+
+    def only_once(self: Path, target: Path) -> Path:
+        if moved:
+            raise OSError("busy")
+        moved.append(self.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_once)
+    with pytest.raises(StorageError):
+        reopened(tmp_path)
+    monkeypatch.undo()
+    reopened(tmp_path).close()
+    kept = [path for path in tmp_path.rglob("adapter_model.safetensors") if ".corrupt-" in str(path)]
+    assert len(kept) == 2
+    assert [path.name for path in tmp_path.glob("adapters.sqlite3.corrupt-*")]

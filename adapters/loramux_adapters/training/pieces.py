@@ -41,7 +41,7 @@ class Carried:
                 for tensor in pair:
                     tensor.requires_grad_()
         elif self._part < self._parts - 1:
-            kept.append((k.detach(), v.detach()))
+            kept.append((k.detach().clone(), v.detach().clone()))  # a view would keep all it is cut from
         if not earlier:
             return k, v
         return torch.cat([*(pair[0] for pair in earlier), k], 2), torch.cat(

@@ -102,6 +102,8 @@ def _from_copy(copy: QuantizedCopy, options: LoadOptions) -> ResidentBase | None
     try:
         base = load_base(replace(options, model=str(copy.path), revision=None, nf4_cache=None))
     except BaseModelError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
+            raise  # which says nothing about the copy; quantizing needs more
         copy.discard(str(error))
         return None
     if base.geometry.identity != identity:

@@ -77,10 +77,11 @@ class QuantizedCopy:
             return None
 
     def _sweep(self) -> None:
-        """Drop what starts that were killed while they wrote have left; one that writes now is younger."""
-        for left in self.path.parent.glob(f"{self.path.name}.*"):
-            if time.time() - left.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(left, ignore_errors=True)
+        """Drop what starts that were killed while they wrote have left, but for the last: somebody may write it now."""
+        left = sorted(self.path.parent.glob(f"{self.path.name}.*"), key=lambda one: one.stat().st_mtime)
+        for number, one in enumerate(left, 1):
+            if number < len(left) or time.time() - one.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(one, ignore_errors=True)
 
     def publish(self, partial: Path, identity: str) -> None:
         """Give what `write` wrote its name. The identity is written last: without it there is no copy."""

@@ -47,6 +47,7 @@ from loramux_server.engine.messages import (
     TrainingStep,
 )
 from loramux_server.engine.reading import ReadRequest, TokenizerSource
+from loramux_server.engine.shrinking import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +103,10 @@ class TrainingJob:
             return (yield from self._slices())
         except LoramuxError as error:
             return self._ended("failed", error.message, error.code, error.param)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
-            return self._ended("failed", f"not enough device memory to train ({reason})", "out_of_memory")
         except Exception as error:
+            if is_out_of_memory(error):
+                reason = str(error).partition("\n")[0]
+                return self._ended("failed", f"not enough memory to train ({reason})", "out_of_memory")
             if isinstance(error, RuntimeError) and self._base.device.type != "cpu":
                 raise  # it may come from the device, of which nothing can be trusted then
             logger.exception("training job %s failed", self.id)
