@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loramux_adapters.access import SHARED
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, DEFAULT_LIMITS, GateLimits
 from loramux_adapters.errors import AdapterConflict, Fault, InvalidAdapter, RequestError, UnknownAdapter
 from loramux_adapters.registry import AdapterRecord, AdapterRegistry, Scanned
@@ -80,7 +81,11 @@ def import_directory(
         current = registry.get(name)
     except UnknownAdapter:
         current = None
-    if current is not None and (current.source, current.origin) != ("path", origin):
+    if current is not None and (current.source, current.origin, current.owner) != (
+        "path",
+        origin,
+        SHARED,
+    ):
         came_from = current.origin or f"an {current.source}"
         raise AdapterConflict(f"name: '{name}' is taken by {came_from}; rename one of them", param="name")
     mark = fingerprint(path)
@@ -207,7 +212,7 @@ class AdapterScanner:
             record = self._registry.get(name)
         except UnknownAdapter:
             return False
-        return (record.source, record.origin) == ("path", path)
+        return (record.source, record.origin, record.owner) == ("path", path, SHARED)
 
     def _is_lost(self, name: str, path: str) -> bool:
         """Whether the name needs this folder again. One that was deleted or taken over does not."""

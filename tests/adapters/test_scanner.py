@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters import scanner as scanner_module
+from loramux_adapters.access import Access
 from loramux_adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from loramux_adapters.errors import AdapterConflict, InvalidAdapter, RequestError
 from loramux_adapters.registry import AdapterRegistry
@@ -212,6 +213,18 @@ def test_an_uploaded_name_is_not_taken_over(house: House) -> None:
     assert house.served() == {"one": uploaded}
     house.registry.delete("one")
     assert house.scan() == {"added": ["one"]}
+
+
+def test_a_folder_that_somebody_made_his_own_is_not_taken_for_shared(house: House) -> None:
+    """A tenant may load a folder by its path: the record says what the scanner's own would, but for the owner."""
+    folder = house.add("one", 1)
+    generation = house.store.publish(house.make(1))
+    tenant = Access("acme")
+    house.registry.put("one", generation, source="path", origin=str(folder), access=tenant)
+    assert "name: 'one' is taken by" in house.scan()["failed"]["one"]
+    shutil.rmtree(folder)
+    house.scan()
+    assert house.registry.get("one", tenant).generation == generation
 
 
 def test_an_upload_over_a_scanned_name_stays_when_the_folder_goes(house: House) -> None:

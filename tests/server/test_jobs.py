@@ -15,6 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loramux_adapters import files as disk
+from loramux_adapters.access import Access
 from loramux_adapters.errors import EngineError, Overloaded, StorageError, StorageFull
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.layout import STATE_FILE
@@ -358,6 +359,17 @@ async def test_a_full_queue_and_a_closed_server(make: Make, monkeypatch: pytest.
         await stand.jobs.create(request, "tiny", None)
     stream = await stand.client.get(f"/v1/fine_tuning/jobs/{stand.jobs.all()[0].id}/events?stream=true")
     assert stream.text.endswith("[DONE]\n\n"), "a stream ends with the server"
+
+
+async def test_one_tenant_does_not_fill_the_queue(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "MAX_UNFINISHED_OF_TENANT", 1)
+    stand = make(start=False)
+    request = stand.live(await stand.create()).record.request
+    await stand.jobs.create(request, "tiny", None, Access("acme"))
+    with pytest.raises(Overloaded, match="1 of your jobs are unfinished"):
+        await stand.jobs.create(request, "tiny", None, Access("acme"))
+    await stand.jobs.create(request, "tiny", None, Access("other"))
+    await stand.create()
 
 
 async def test_changes_of_one_job_follow_one_another(make: Make) -> None:

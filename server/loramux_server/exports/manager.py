@@ -41,6 +41,7 @@ from loramux_server.exports.run import Export, ExportRunner
 
 logger = logging.getLogger(__name__)
 
+MAX_WAITING_OF_TENANT = 4
 MAX_WAITING = 16
 
 
@@ -88,8 +89,11 @@ class ExportManager:
         if self._closing.is_set():
             raise EngineError("the server is shutting down")
         async with self._creating:
-            if sum(not export.job.ended for export in self._exports.values()) >= MAX_WAITING:
-                raise Overloaded(f"{MAX_WAITING} exports are waiting or running already; try again later")
+            waiting = [export.job.owner for export in self._exports.values() if not export.job.ended]
+            own = 0 if access.is_operator else waiting.count(access.owner)
+            if len(waiting) >= MAX_WAITING or own >= MAX_WAITING_OF_TENANT:
+                whose = f"{own} of your" if own >= MAX_WAITING_OF_TENANT else str(MAX_WAITING)
+                raise Overloaded(f"{whose} exports are waiting or running already; try again later")
             export = await asyncio.to_thread(self._create, name, adapters, request, access)
             self._exports[export.job.id] = export
         self._wake.set()

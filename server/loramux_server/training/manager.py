@@ -44,6 +44,7 @@ from loramux_server.training.runner import TrainingRunner
 
 logger = logging.getLogger(__name__)
 
+MAX_UNFINISHED_OF_TENANT = 20  # paused ones too, so that one tenant does not take the queue from all
 MAX_UNFINISHED = 100
 POLL_S = 0.1  # until the worker is ready
 
@@ -114,10 +115,11 @@ class JobManager:
         if self._closing.is_set():
             raise EngineError("the server is shutting down")
         async with self._creating:
-            if sum(not job.record.ended for job in self._jobs.values()) >= MAX_UNFINISHED:
-                raise Overloaded(
-                    f"{MAX_UNFINISHED} jobs are unfinished already; cancel one or try again later"
-                )
+            unfinished = [job.record.owner for job in self._jobs.values() if not job.record.ended]
+            own = 0 if access.is_operator else unfinished.count(access.owner)
+            if len(unfinished) >= MAX_UNFINISHED or own >= MAX_UNFINISHED_OF_TENANT:
+                whose = f"{own} of your" if own >= MAX_UNFINISHED_OF_TENANT else str(MAX_UNFINISHED)
+                raise Overloaded(f"{whose} jobs are unfinished already; cancel one or try again later")
             job = await asyncio.to_thread(self._create, request, base, initial, access.owner)
             self._jobs[job.id] = job
         self._begin_validation(job)

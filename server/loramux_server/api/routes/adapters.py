@@ -91,6 +91,7 @@ class AdapterRoutes:
         self._views = AdapterViews(catalog)
         self._repeats = Idempotency()
         self._uploads = 0
+        self._pulls = asyncio.Semaphore(2)  # each keeps one of the few threads that all routes share
 
     async def create(self, request: Request) -> Response:
         """Add an adapter: its two files or an archive as multipart/form-data, or JSON with a source to fetch."""
@@ -171,7 +172,12 @@ class AdapterRoutes:
         values = await read_object(request, self._api.settings.max_body_bytes)
         body = parse(PulledAdapter, values)
         stage = partial(stage_hub, body.source, catalog.staging, hub=HuggingFaceHub(), limits=catalog.limits)
-        return await self._repeats.once(key, _digest("pull", values), lambda: self._publish(body, stage))
+
+        async def pull() -> bytes:
+            async with self._pulls:
+                return await self._publish(body, stage)
+
+        return await self._repeats.once(key, _digest("pull", values), pull)
 
     async def _publish(self, body: NewAdapter, stage: Callable[[], Staged]) -> bytes:
         published = await self._catalog.publish(body.name, stage, body.options(), current_access())
