@@ -76,7 +76,9 @@ async def test_failures_and_departures_are_not_success(client: httpx.AsyncClient
     await complete(client)
     stand.engine.script, stand.engine.delay = None, 10
     task = asyncio.create_task(complete(client))
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while len(stand.engine.calls) < 2:
+            await asyncio.sleep(0.01)
     info = dict(next(labels for name, labels in samples(stand.metrics) if name == "lora_requests_info"))
     assert info == {"max_lora": "4", "running_lora_adapters": "", "waiting_lora_adapters": ""}
     task.cancel()
