@@ -106,11 +106,17 @@ def create_app(
         app.add_exception_handler(kind, _leave_to_envelope)
     app.add_middleware(Gate, guard=guard or Guard())
     app.add_middleware(Envelope, metrics=metrics, tracing=tracing)
+    _describe(app, adapters=catalog is not None, exports=exports is not None, jobs=jobs is not None)
+    return app
+
+
+def _describe(app: FastAPI, *, adapters: bool, exports: bool, jobs: bool) -> None:
+    """What the OpenAPI document says of the bodies and answers of the routes that are there."""
     openapi.install(
         app,
         [
             *(CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody),
-            *(ADAPTER_BODIES if catalog else ()),
+            *(ADAPTER_BODIES if adapters else ()),
             *(EXPORT_BODIES if exports else ()),
             *(FINE_TUNING_BODIES if jobs else ()),
         ],
@@ -118,12 +124,11 @@ def create_app(
             *RESPONSES_ANSWERS,
             *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard),
             *(Health, Readiness, Version),
-            *([*ADAPTER_ANSWERS, ModelDeleted] if catalog else ()),
+            *([*ADAPTER_ANSWERS, ModelDeleted] if adapters else ()),
             *(EXPORT_ANSWERS if exports else ()),
             *([*FILE_ANSWERS, *FINE_TUNING_ANSWERS] if jobs else ()),
         ],
     )
-    return app
 
 
 async def _leave_to_envelope(request: Request, error: Exception) -> NoReturn:
