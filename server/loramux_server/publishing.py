@@ -180,7 +180,9 @@ class Publisher:
     def _point(self, name: str, candidate: _Candidate, options: Options, access: Access) -> AdapterRecord:
         with self._changing:
             self._check(name, candidate.generation, options, access)
-            if options.pinned:
+            # A name that is pinned already stays so, and its new generation may be larger.
+            stays = options.pinned is None and name in self._registry and self._registry.get(name).pinned
+            if options.pinned or stays:
                 self._pins.check(name, candidate.rank)
             return self._registry.put(
                 name,

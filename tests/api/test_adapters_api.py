@@ -243,6 +243,18 @@ async def test_a_download_is_an_upload(stand: CatalogStand, make_files: Callable
     assert (await stand.show("team/download"))["id"] == "team/download"
 
 
+async def test_a_pinned_name_does_not_grow_beyond_what_pins_may_take(
+    stand: CatalogStand, make_files: Callable[[int], Files], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may replace it need not be who may pin."""
+    kept = (await stand.upload("n0", make_files(0), pinned="true")).json()["generation"]
+    monkeypatch.setattr(stand.catalog._pins, "_max_rank", 64)  # all the rows there are
+    refused = await stand.upload("n0", make_files(1), overwrite="true")
+    assert (refused.status_code, fault(refused)["param"]) == (400, "pinned")
+    assert stand.catalog.registry.get("n0").generation == kept
+    assert (await stand.upload("n0", make_files(1), overwrite="true", pinned="false")).status_code == 201
+
+
 async def test_pins_reach_the_engine_and_leave_a_slot(
     stand: CatalogStand, make_files: Callable[[int], Files]
 ) -> None:

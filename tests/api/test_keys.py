@@ -199,6 +199,7 @@ async def test_a_key_database_that_cannot_be_read_lets_nobody_in(
     response = await stand.client.get("/v1/models")
     assert refused(response) == (500, "internal_error")
     assert (await stand.client.get("/health")).status_code == 200
+    assert (await stand.client.head("/health")).status_code == 200
 
 
 # --- what is told ------------------------------------------------------------------------------------------------------

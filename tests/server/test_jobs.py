@@ -22,8 +22,8 @@ from loramux_adapters.training.layout import STATE_FILE
 from loramux_server.engine.messages import TrainingEnded
 from loramux_server.training import manager, publication
 from loramux_server.training.names import checkpoint_name, model_name
-from loramux_server.training.records import JobEvent
-from loramux_server.training.runner import MAX_INTERRUPTIONS
+from loramux_server.training.records import JobEvent, JobRecord, JobRequest
+from loramux_server.training.runner import MAX_INTERRUPTIONS, after_a_crash
 from tests.adapters.conftest import tiny_geometry
 from tests.adapters.training.test_tensorboard import curves
 from tests.api import training_support
@@ -145,6 +145,19 @@ async def test_a_job_that_ends_every_worker_fails(make: Make) -> None:
     # with checkpoints in between it may take as long as it needs
     stand.engine.dies = [1] * MAX_INTERRUPTIONS + [3] * MAX_INTERRUPTIONS
     await stand.until(await stand.create(), "succeeded")
+
+
+def test_a_job_that_ends_every_server_is_paused() -> None:
+    """Where the host's memory is what a job exceeds, the whole container dies."""
+    record = JobRecord(
+        id="ftjob-1", request=JobRequest(model="tiny", training_file="file-1"), name="m", created=1.0, queued=1.0
+    )
+    for count in range(1, MAX_INTERRUPTIONS + 1):
+        record, event = after_a_crash(record)
+        assert (record.status, record.interruptions, event.level) == ("queued", count, "warn")
+    record, event = after_a_crash(record)
+    assert (record.status, record.interruptions, event.level) == ("paused", 0, "error")
+    assert "no checkpoint came between" in event.message
 
 
 async def test_nothing_starts_while_there_is_no_worker(make: Make) -> None:

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-import msgspec
-
 from loramux_adapters.access import OPERATOR, Access
 from loramux_adapters.errors import EngineError, Overloaded, StorageError, TrainingError, UnknownJob
 from loramux_adapters.files import storage_error
@@ -40,7 +38,7 @@ from loramux_server.training.records import (
     Status,
     new_id,
 )
-from loramux_server.training.runner import TrainingRunner
+from loramux_server.training.runner import TrainingRunner, after_a_crash
 
 logger = logging.getLogger(__name__)
 
@@ -248,9 +246,8 @@ class JobManager:
             self._root.mkdir(parents=True, exist_ok=True)
             for record in self.database.jobs():
                 if record.status == "running":
-                    text = "Interrupted by the end of the server, back in the queue to go on from the last checkpoint"
-                    record = msgspec.structs.replace(record, status="queued")
-                    self.database.save_job(record, [JobEvent.saying(text, "warn")])
+                    record, event = after_a_crash(record)
+                    self.database.save_job(record, [event])
                 folder = JobFolder(self._root / record.id)
                 self._jobs[record.id] = Job(record, folder, self.database)
             for path in self._root.iterdir():

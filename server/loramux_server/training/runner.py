@@ -14,6 +14,8 @@ import time
 from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
+
 from loramux_adapters.errors import EngineError, LoramuxError, StorageError, StorageFull
 from loramux_adapters.training.tensorboard import TensorBoardLog
 from loramux_server.engine.interface import EngineClient
@@ -30,12 +32,26 @@ from loramux_server.engine.messages import (
 )
 from loramux_server.training.job import Job, Progress
 from loramux_server.training.publication import Publication
-from loramux_server.training.records import JobEvent, JobFault
+from loramux_server.training.records import JobEvent, JobFault, JobRecord
 from loramux_server.training_metrics import TrainingMetrics
 
 logger = logging.getLogger(__name__)
 
-MAX_INTERRUPTIONS = 5  # ends of the worker without a checkpoint between them
+MAX_INTERRUPTIONS = 5  # ends of the worker, or of the server, without a checkpoint between them
+
+
+def after_a_crash(record: JobRecord) -> tuple[JobRecord, JobEvent]:
+    """A job that was running when the server died, to the next one. One that may be why is paused, with all it has."""
+    count = record.interruptions + 1
+    if count > MAX_INTERRUPTIONS:
+        text = f"Paused: the server ended {count} times while this job ran, and no checkpoint came between"
+        return msgspec.structs.replace(record, status="paused", interruptions=0), JobEvent.saying(
+            text, "error"
+        )
+    text = "Interrupted by the end of the server, back in the queue to go on from the last checkpoint"
+    return msgspec.structs.replace(record, status="queued", interruptions=count), JobEvent.saying(
+        text, "warn"
+    )
 
 
 class TrainingRunner:

@@ -17,6 +17,7 @@ from loramux_server.api.wire import Health, Readiness, Version
 def service_router(api: ApiContext) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", openapi_extra=describe_answer(Health))
     async def health() -> Response:
         """Live: 200 unless work is pending and the worker does nothing about it, which the 503 names."""
@@ -24,6 +25,7 @@ def service_router(api: ApiContext) -> APIRouter:
             raise EngineError(api.engine.stall)
         return Response(msgspec.json.encode(Health()), media_type="application/json")
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", openapi_extra=describe_answer(Readiness))
     async def ready() -> Response:
         """200 when requests are accepted; 503 with the reason while starting, restarting, stalled or draining."""
