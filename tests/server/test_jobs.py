@@ -149,7 +149,7 @@ async def test_a_job_that_ends_every_worker_fails(make: Make) -> None:
 
 def test_a_job_that_ends_every_server_is_paused() -> None:
     """Where the host's memory is what a job exceeds, the whole container dies."""
-    request = JobRequest(model="tiny", training_file="file-1", seed=1)
+    request = JobRequest(model="tiny", training_file="file-1", seed=1, recipe={})
     record = JobRecord(id="ftjob-1", request=request, name="m", created=1, queued=1, initial=None, owner="")
     for count in range(1, MAX_INTERRUPTIONS + 1):
         record, event = after_a_crash(record)
