@@ -7,11 +7,15 @@ made on the way; they are of the same pages that the tests act on.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import shutil
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,10 +23,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Locator, Page, Request, Route, expect, sync_playwright
 
 from loramux_adapters.adapter_files import ADAPTER_FILES
 from loramux_adapters.demo import demo_adapters
+from loramux_server.keys.principal import Scope
+from loramux_server.keys.store import FILE_NAME, KeyStore, NewKey
 from tests.e2e.conftest import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,10 +44,14 @@ VIEWS = ("compare", "adapters", "train", "train/new", "server")
 QUESTION = "Anna loved the concert in Berlin last night."
 HOSTILE = '<img src=x onerror="window.hacked = true"><b>bold</b>'
 SLOW_MS = 120_000  # for what the model computes, on a machine that others use too
+SLOW_BYTES = 250_000  # a second: an adapter takes long enough to look at it on its way
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+
+Shoot = Callable[..., None]
+MakeKey = Callable[..., str]
 
 expect.set_options(timeout=15_000)
 
@@ -113,16 +123,33 @@ def visit(browser: Browser, server: Server) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def shoot(tmp_path: Path) -> Callable[[Page, str], None]:
-    """Take a screenshot: into the documentation if asked for, else where it is thrown away."""
+def shoot(tmp_path: Path) -> Shoot:
+    """Take a screenshot, of a part or of the window: into the documentation if asked for, else where it is thrown away."""
     target = Path(os.environ.get("PAGE_SCREENSHOTS") or tmp_path)
 
-    def shoot(page: Page, name: str) -> None:
+    def shoot(page: Page, name: str, part: str | None = None) -> None:
         target.mkdir(parents=True, exist_ok=True)
         page.evaluate("window.scrollTo(0, 0); document.activeElement.blur()")
-        page.screenshot(path=target / f"{name}.png")
+        (page.locator(part) if part else page).screenshot(path=target / f"{name}.png")
 
     return shoot
+
+
+@pytest.fixture
+def make_key(server: Server) -> Iterator[MakeKey]:
+    """`make_key(*scopes)` makes a key where the server runs, as `loramux keys create` does: from then on it asks for keys.
+
+    Afterwards it has never had any, for the other tests that use it.
+    """
+    data = server.log.parent / "data"
+
+    def make(*scopes: Scope, name: str = "") -> str:
+        with closing(KeyStore(data)) as store:
+            return store.create(NewKey(name=name, scopes=scopes))[1]
+
+    yield make
+    with closing(sqlite3.connect(data / FILE_NAME)) as database, database:
+        database.execute("DELETE FROM keys")
 
 
 def check_accessible(page: Page) -> None:
@@ -163,7 +190,7 @@ def all_done(page: Page) -> None:
         expect(column.locator(".chip.done")).to_be_visible(timeout=SLOW_MS)
 
 
-def test_compare_adapters_side_by_side(visit: Visit, shoot: Callable[[Page, str], None]) -> None:
+def test_compare_adapters_side_by_side(visit: Visit, shoot: Shoot) -> None:
     page = visit.open("compare")
     compare(page, ["demo", "pirate", "extract"], QUESTION, max_tokens=40)
     asked: list[str] = []
@@ -216,6 +243,33 @@ def test_compare_adapters_side_by_side(visit: Visit, shoot: Callable[[Page, str]
         "pirate",
         "extract",
     ]
+    other.get_by_role("button", name="Add column").click()
+    expect(columns(other).nth(3).get_by_role("combobox")).to_have_value("sentiment")
+    expect(other.get_by_role("button", name="Add column")).to_be_disabled()
+    for name in ("sentiment", "extract", "pirate"):
+        other.get_by_role("button", name=f"Remove column {name}").click()
+    expect(columns(other)).to_have_count(1)
+    expect(other.get_by_role("button", name="Remove column demo")).to_be_disabled()
+
+
+def test_a_text_is_continued_in_one_column(visit: Visit) -> None:
+    page = visit.open("compare")
+    expect(columns(page).first).to_be_visible()
+    page.get_by_role("button", name="Completion").click()
+    page.get_by_label("max tokens").fill("6")
+    page.get_by_label("temperature").fill("0")
+    page.get_by_label("Text to continue").fill("One two three")
+    page.get_by_role("button", name="Send").click()
+    all_done(page)
+    texts = columns(page).locator(".turn.text .text")
+    first, second = texts.all_inner_texts()
+    assert first.startswith("One two three")
+    assert second.startswith("One two three")
+    columns(page).nth(1).get_by_role("button", name="Continue").click()
+    expect(texts.nth(1)).not_to_have_text(second)
+    all_done(page)
+    assert texts.nth(1).inner_text().startswith(second.strip())
+    assert texts.nth(0).inner_text() == first
 
 
 def test_reload_in_the_middle_of_an_answer(visit: Visit) -> None:
@@ -247,9 +301,59 @@ def send_adapter(page: Page, name: str, files: list[Path], *, replace: bool = Fa
     page.get_by_role("button", name="Upload").click()
 
 
-def test_adapters_from_upload_to_deletion(
-    visit: Visit, tmp_path: Path, shoot: Callable[[Page, str], None]
-) -> None:
+def drop(page: Page, place: str, files: list[Path]) -> None:
+    """As somebody lets go of files over `place`: what the browser makes of them is the only thing that is imitated."""
+    named = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
+    carried = page.evaluate_handle(
+        """(named) => {
+          const carried = new DataTransfer();
+          for (const [name, data] of named)
+            carried.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
+          return carried;
+        }""",
+        named,
+    )
+    for event in ("dragover", "drop"):
+        page.locator(place).dispatch_event(event, {"dataTransfer": carried})
+
+
+def test_reload_in_the_middle_of_an_upload(visit: Visit, server: Server) -> None:
+    """The browser asks before; nothing is left of it then, and it can be sent again."""
+    visit.expected.append("status of 404")
+    page = visit.open("adapters")
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": SLOW_BYTES}
+    network.send("Network.emulateNetworkConditions", slow)
+    send_adapter(page, "halfway", files_of(demo_adapters()["pirate"]))
+    expect(page.locator(".upload .progress")).to_have_text(re.compile(r"Sending, [1-9]\d? %"))
+    asked: list[str] = []
+
+    def leave(dialog: Dialog) -> None:
+        asked.append(dialog.type)
+        dialog.accept()
+
+    page.once("dialog", leave)
+    page.reload()
+    assert asked == ["beforeunload"]
+    expect(page.locator("tr[data-adapter=pirate]")).to_be_visible()
+    network.send("Network.emulateNetworkConditions", {**slow, "uploadThroughput": -1})
+    assert httpx.get(f"{visit.url}/v1/adapters/halfway").status_code == 404
+    deadline = time.monotonic() + 15
+    while left := [*(server.log.parent / "data").glob("bases/*/staging/*")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+    send_adapter(page, "halfway", files_of(demo_adapters()["pirate"]))
+    expect(page.get_by_text("halfway is ready to be called.")).to_be_visible(timeout=SLOW_MS)
+    page.reload()  # unasked: there is nothing to lose
+    visit.open("adapters/halfway")
+    page.get_by_role("button", name="Delete…").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator("tr[data-adapter=halfway]")).to_have_count(0)
+
+
+def test_adapters_from_upload_to_deletion(visit: Visit, tmp_path: Path, shoot: Shoot) -> None:
     # Of what the gate refuses, and of a look at an adapter that is under way while it is deleted.
     visit.expected += ["status of 400", "status of 404"]
     page = visit.open("adapters")
@@ -264,7 +368,9 @@ def test_adapters_from_upload_to_deletion(
     assert {text.partition(":")[0] for text in faults.all_inner_texts()} == {"use_dora", "bias"}
 
     page.get_by_role("button", name="Cancel").click()
-    send_adapter(page, "parrot", files_of(demo["pirate"]))
+    drop(page, ".upload .drop", files_of(demo["pirate"]))
+    page.get_by_label("Name", exact=True).fill("parrot")
+    page.get_by_role("button", name="Upload").click()
     row = page.locator("tr[data-adapter=parrot]")
     expect(row).to_be_visible(timeout=SLOW_MS)
     expect(page.get_by_text("parrot is ready to be called.")).to_be_visible()
@@ -286,6 +392,9 @@ def test_adapters_from_upload_to_deletion(
     check_accessible(page)
     shoot(page, "page-adapters")
 
+    other = visit.tab()
+    other.goto(page.url)
+    expect(other.get_by_role("button", name="Unpin")).to_be_visible()
     manage.get_by_role("button", name="Delete…").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     expect(row).to_be_visible()
@@ -293,6 +402,8 @@ def test_adapters_from_upload_to_deletion(
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(row).to_have_count(0)
     assert httpx.get(f"{visit.url}/v1/adapters/parrot").status_code == 404
+    expect(other.locator("tr[data-adapter=parrot]")).to_have_count(0)
+    expect(other.get_by_text("There is no adapter parrot here any more.")).to_be_visible()
 
 
 def test_export(visit: Visit) -> None:
@@ -303,14 +414,20 @@ def test_export(visit: Visit) -> None:
     manage.get_by_role("button", name="Start export").click()
     job = manage.locator("[data-export]").first
     expect(job.get_by_role("progressbar")).to_be_visible(timeout=SLOW_MS)
+    other = visit.tab()
+    other.goto(page.url)
+    same = other.locator("[data-export]").first
+    expect(same.get_by_role("progressbar")).to_be_visible(timeout=SLOW_MS)
     page.reload()
     expect(job.locator(".chip.good")).to_have_text("succeeded", timeout=SLOW_MS)
     with page.expect_download() as download:
         job.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == "pirate-fp32.tar"
     download.value.cancel()
+    expect(same.locator(".chip.good")).to_have_text("succeeded", timeout=SLOW_MS)
     job.get_by_role("button", name="Remove").click()
     expect(job).to_have_count(0)
+    expect(same).to_have_count(0)
 
 
 def forget_models(url: str) -> None:
@@ -326,9 +443,7 @@ ROWS = [
 ]
 
 
-def test_train_from_a_file_to_a_model(
-    visit: Visit, tmp_path: Path, shoot: Callable[[Page, str], None]
-) -> None:
+def test_train_from_a_file_to_a_model(visit: Visit, tmp_path: Path, shoot: Shoot) -> None:
     visit.expected.append("status of 400")
     data = tmp_path / "zebra.jsonl"
     lines = [json.dumps(row) for row in ROWS]
@@ -345,6 +460,10 @@ def test_train_from_a_file_to_a_model(
     page.locator("input[type=file]").first.set_input_files(data)
     preview = page.locator(".preview")
     expect(preview).to_be_visible()
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("\n".join(lines[:2]))
+    page.locator("input[type=file]").nth(1).set_input_files(unseen)
+    expect(preview.get_by_text("validation rows")).to_be_visible()
     expect(preview.locator(".turn.assistant mark.learned")).to_have_text("Zebra zebra!")
     expect(preview.locator(".turn.user mark")).to_have_count(0)
     preview.get_by_role("button", name="As the trainer reads it").click()
@@ -372,9 +491,17 @@ def test_train_from_a_file_to_a_model(
     expect(other.locator(".chart path").first).to_be_visible(timeout=SLOW_MS)
     other.close()
     expect(page.locator(".chip.good")).to_have_text("succeeded", timeout=SLOW_MS)
+    expect(page.locator(".chart figcaption")).to_have_text(
+        re.compile(r"training loss [\d.e-]+validation loss [\d.e-]+")
+    )
+    expect(page.get_by_role("heading", name="Diagnoses")).to_be_visible()
+    expect(page.locator(".note")).to_contain_text("only 4 rows")
     samples = page.locator("[data-sample]")
+    expect(samples.first).to_contain_text("demo, before")
     expect(samples.last).to_contain_text("finished", timeout=SLOW_MS)
-    expect(page.locator("[data-sample*=ckpt]").first).to_be_visible()
+    expect(page.locator("[data-sample*=ckpt] .text")).to_have_text(
+        [re.compile(r"\w{3}")] * 2, timeout=SLOW_MS
+    )
     expect(samples.last.locator(".text")).to_have_text(re.compile("zebra", re.I), timeout=SLOW_MS)
     expect(samples.first.locator(".text")).not_to_have_text(re.compile("zebra", re.I))
     check_accessible(page)
@@ -411,7 +538,7 @@ def test_pause_resume_cancel(visit: Visit, server: Server) -> None:
     forget_models(visit.url)
 
 
-def test_server_figures_are_live(visit: Visit, shoot: Callable[[Page, str], None]) -> None:
+def test_server_figures_are_live(visit: Visit, shoot: Shoot) -> None:
     body = {"model": "pirate", "prompt": "The sea", "max_tokens": 30, "ignore_eos": True}
     page = visit.open("server")
     expect(page.locator(".tiles")).to_contain_text("ready")
@@ -426,9 +553,7 @@ def test_server_figures_are_live(visit: Visit, shoot: Callable[[Page, str], None
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_view_is_usable_on_a_phone(
-    browser: Browser, server: Server, scheme: str, shoot: Callable[[Page, str], None]
-) -> None:
+def test_every_view_is_usable_on_a_phone(browser: Browser, server: Server, scheme: str, shoot: Shoot) -> None:
     context = browser.new_context(
         viewport={"width": PHONE[0], "height": PHONE[1]},
         color_scheme="dark" if scheme == "dark" else "light",
@@ -506,37 +631,143 @@ def test_a_lost_server_is_shown_and_found_again(visit: Visit) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
-def test_a_key_is_asked_for_and_sent(visit: Visit) -> None:
-    visit.expected.append("status of 401")
+def test_nothing_waits_for_a_slow_answer(visit: Visit) -> None:
+    """A view whose answer does not come lets the others work; after a while it says so, and asks again."""
     page = visit.page
-    refusal = {
-        "error": {
-            "message": "This server wants a key.",
-            "type": "x",
-            "param": None,
-            "code": "invalid_api_key",
-        }
-    }
-
-    def guarded(route: Route) -> None:
-        if route.request.headers.get("authorization") == "Bearer secret":
-            route.continue_()
-        else:
-            route.fulfill(status=401, json=refusal)
-
-    page.route(re.compile("/(v1/|metrics)"), guarded)
+    page.clock.install()
+    page.route(re.compile(r"/v1/adapters\?"), lambda route: None)  # neither answered nor refused
     visit.open("adapters")
-    expect(page.get_by_role("alert")).to_have_text("This server wants a key.")
-    assert page.locator("table").count() == 0
-    page.get_by_label("API key").fill("wrong")
-    page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_role("alert")).to_have_text("This server wants a key.")
-    page.get_by_label("API key").fill("secret")
-    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_text("Asking the server…")).to_be_visible()
+    page.get_by_role("link", name="Server", exact=True).click()
+    expect(page.locator(".tiles")).to_contain_text("ready")
+    page.get_by_role("link", name="Adapters", exact=True).click()
+    page.clock.fast_forward(21_000)
+    expect(page.get_by_role("alert")).to_have_text("The server does not answer.")
+    page.unroute_all()
+    page.clock.fast_forward(21_000)
+    expect(page.locator("tr[data-adapter=pirate]")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_server_that_is_not_ready_says_why(visit: Visit) -> None:
+    visit.expected.append("status of 503")
+    refusal = {
+        "error": {"message": "the engine is restarting", "type": "server_error", "param": None, "code": "x"}
+    }
+    page = visit.page
+    page.route(re.compile("/v1/models"), lambda route: route.fulfill(status=503, json=refusal))
+    visit.open("compare")
+    expect(page.get_by_role("alert")).to_have_text("the engine is restarting")
+    page.unroute_all()
+    expect(columns(page).first).to_be_visible()
+
+
+def sign_in(page: Page, key: str) -> None:
+    page.get_by_label("API key").fill(key)
+    with page.expect_navigation():  # it begins anew, so that nothing is left of whoever was here
+        page.get_by_role("button", name="Sign in").click()
+
+
+def test_a_key_is_asked_for_and_sent(visit: Visit, make_key: MakeKey) -> None:
+    visit.expected += ["status of 401", "status of 403"]
+    admin, trainer = make_key("admin"), make_key("train", "infer")
+    page = visit.open("adapters")
+    expect(page.get_by_role("alert")).to_have_text("Enter the one that its operator has given to you.")
+    check_accessible(page)
+    for view in VIEWS:
+        visit.open(view)
+        expect(page.get_by_label("API key")).to_be_visible()
+        assert page.locator("main section, .serving .dot, table").count() == 0
+    visit.open("adapters")
+    sign_in(page, f"{admin}x")
+    expect(page.get_by_role("alert")).to_contain_text("the API key is not valid")
+    sign_in(page, admin)
     expect(page.locator("tr[data-adapter=pirate]")).to_be_visible()
     page.reload()
-    expect(page.locator("tr[data-adapter=pirate]")).to_be_visible()
-    check_accessible(page)
+    page.get_by_role("link", name="Manage pirate").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "pirate.tar.gz"
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("API key")).to_be_visible()
-    assert page.evaluate("Object.values(sessionStorage).includes('secret')") is False
+    assert page.evaluate("sessionStorage.length") == 0
+
+    sign_in(page, trainer)
+    expect(page.get_by_role("alert").first).to_contain_text("adapters is needed")
+    assert page.locator("tr[data-adapter]").count() == 0, "what the admin saw is gone"
+    visit.open("train")
+    expect(page.get_by_role("heading", name="Fine-tuning")).to_be_visible()
+    visit.open("server")
+    expect(page.locator("main")).to_contain_text("metrics is needed")
+    expect(page.locator("main")).to_contain_text("keys are for admins")
+    visit.open("compare")
+    compare(page, ["demo"], "Hello", max_tokens=2)
+    page.get_by_role("button", name="Send").click()
+    all_done(page)
+    page.get_by_role("button", name="Copy as curl").first.click()
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert "$LORAMUX_API_KEY" in command
+    assert trainer not in command
+
+
+def test_keys_are_made_and_revoked(visit: Visit, make_key: MakeKey, shoot: Shoot) -> None:
+    visit.expected += ["status of 401", "status of 400"]
+    page = visit.open("server")
+    expect(page.locator(".tiles")).to_be_visible()
+    assert page.locator(".keys").count() == 0, "a server without keys has none to show"
+    make_key("metrics", name="Prometheus")
+    admin = make_key("admin", name="operator")
+    expect(page.get_by_label("API key")).to_be_visible()
+    sign_in(page, admin)
+    keys = page.locator(".keys")
+    expect(keys.locator("tr[data-key]")).to_have_count(2)
+    mine = keys.locator("tr", has_text="this tab's")
+    expect(mine).to_have_count(1)
+
+    keys.get_by_role("button", name="New key…").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Name").fill("nightly build")
+    dialog.get_by_label("Tenant").fill("a/b")
+    dialog.get_by_label("adapters: upload").check()
+    dialog.get_by_label("Expires").select_option("in 30 days")
+    dialog.get_by_label("Requests a minute").fill("60")
+    dialog.get_by_role("button", name="Make key").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("tenant: 'a/b' is not")
+    dialog.get_by_label("Tenant").fill("acme")
+    check_accessible(page)
+    dialog.get_by_role("button", name="Make key").click()
+    secret = dialog.locator(".secret").inner_text()
+    assert secret.startswith("lmx-")
+    dialog.get_by_role("button", name="Copy").click()
+    assert page.evaluate("navigator.clipboard.readText()") == secret
+    check_accessible(page)
+    dialog.get_by_role("button", name="Done").click()
+    expect(dialog).to_have_count(0)
+    row = keys.locator("tr", has_text="nightly build")
+    expect(row).to_contain_text("acmeinfer, adaptersactive")
+    expect(row).to_contain_text("60the server's")
+    assert secret not in page.content() + page.evaluate("JSON.stringify(sessionStorage)")
+    check_accessible(page)
+    shoot(page, "page-keys", ".keys")
+    make_key("infer", name=HOSTILE)
+    expect(keys.get_by_role("button", name=f"Revoke {HOSTILE}")).to_be_visible()
+    assert keys.locator("b, img").count() == 0
+    page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
+    page.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE[0]}")
+
+    other = visit.tab()  # which has a key of its own, or none
+    other.goto(f"{visit.url}/#/adapters")
+    sign_in(other, secret)
+    expect(other.locator("tr[data-adapter=pirate]")).to_be_visible()
+    row.get_by_role("button", name="Revoke").click()
+    expect(dialog).not_to_contain_text("key of this tab")
+    dialog.get_by_role("button", name="Revoke").click()
+    expect(row.locator(".chip")).to_have_text("revoked")
+    expect(other.get_by_role("alert")).to_contain_text("was revoked")
+    assert other.locator("tr[data-adapter], .serving .dot").count() == 0
+
+    mine.get_by_role("button", name="Revoke").click()
+    expect(dialog).to_contain_text("It is the key of this tab")
+    dialog.get_by_role("button", name="Revoke").click()
+    expect(page.get_by_role("alert")).to_contain_text("was revoked")
+    assert page.locator(".keys").count() == 0

@@ -1,8 +1,9 @@
-"""How much each key may ask for: requests and tokens a minute, and requests at once.
+"""How much each key may ask for: requests and tokens a minute, and answers at once.
 
 Minutes are windows that begin with a key's first request. A request is admitted while there are tokens left, and its tokens,
-those of the prompt and those generated, are charged when it ends: how many it will take, nobody knows before. For one event
-loop; kept in memory, so that a restarted server begins anew.
+those of the prompt and those generated, are charged when it ends: how many it will take, nobody knows before. An answer is
+one sequence, so that a request counts as often as it asks for answers. For one event loop; kept in memory, so that a
+restarted server begins anew.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Limits:
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    queued: int | None = None  # requests for answers at once, waiting and running
+    queued: int | None = None  # answers at once, waiting and running
 
 
 class KeyLimits:
@@ -79,18 +80,37 @@ class KeyLimits:
 
     @contextmanager
     def queued(self, who: Principal) -> Iterator[None]:
-        """A request for an answer, from its arrival to its end. Raises RateLimited when the key has too many."""
+        """The first answer of a request, from its arrival to its end. Raises RateLimited when the key has too many."""
+        with self._places(who, 1):
+            yield
+
+    @contextmanager
+    def queued_beside(self, who: Principal, answers: int) -> Iterator[None]:
+        """The `answers` that a request wants beside its first. Raises RequestError when the key could never have as many."""
         most = self._limits.queued
-        if most is not None and self._open[who.key_id] >= most:
+        if most is not None and answers >= most:
+            raise RequestError(
+                f"n: the request asks for {answers + 1} answers (prompts times n), and this key may have {most} at once",
+                param="n",
+            )
+        with self._places(who, answers):
+            yield
+
+    @contextmanager
+    def _places(self, who: Principal, answers: int) -> Iterator[None]:
+        most = self._limits.queued
+        running = self._open[who.key_id]
+        if most is not None and running + answers > most:
             raise RateLimited(
-                f"this key has {most} requests waiting or running, and may not have more; try again when one has ended",
+                f"this key has {running} answers waiting or running, and may have {most}; try again when one has ended",
                 retry_after=1.0,
             )
-        self._open[who.key_id] += 1
+        taken = Counter({who.key_id: answers})
+        self._open += taken
         try:
             yield
         finally:
-            self._open -= Counter([who.key_id])  # which forgets what falls to zero
+            self._open -= taken  # which forgets what falls to zero
 
     def _item(self, who: Principal, kind: str) -> RateLimitItem | None:
         if kind == "requests":

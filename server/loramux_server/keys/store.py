@@ -1,6 +1,6 @@
-"""The keys that `loramux keys` makes: rows in SQLite below the data directory, secrets as SHA-256 only.
+"""The keys that `loramux keys` and /v1/keys make: rows in SQLite below the data directory, secrets as SHA-256 only.
 
-Several processes have the file open: a server reads, commands write. Promises: what a method acknowledged is durable; a key
+Several processes have the file open, and write: servers and commands. Promises: what a method acknowledged is durable; a key
 is told once, when it is made, and cannot be found out from the file: it is 256 random bits. Rows of revoked keys stay, so
 that a server whose last key was revoked is closed, not open.
 """
@@ -38,6 +38,12 @@ _COLUMNS = (
 )
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_NAME = 128
+
+
+class UnknownKey(RequestError):
+    """No key of that id, whatever its state."""
+
+    code = "key_not_found"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +130,7 @@ class KeyStore(DurableDatabase):
         return record, key
 
     def revoke(self, key_id: str) -> KeyRecord:
-        """From here on it opens nothing; revoking it again changes nothing. Raises RequestError if there is none."""
+        """From here on it opens nothing; revoking it again changes nothing. Raises UnknownKey."""
         with self._transaction():
             self._connection.execute(
                 "UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (time.time(), key_id)
@@ -132,8 +138,8 @@ class KeyStore(DurableDatabase):
         self._own_changes += 1
         found = [record for record in self.all() if record.id == key_id]
         if not found:
-            raise RequestError(
-                f"id: there is no key {key_id[:64]!a}; loramux keys list shows them", param="id"
+            raise UnknownKey(
+                f"id: there is no key {key_id[:64]!a}; the list of keys has their ids", param="id"
             )
         return found[0]
 

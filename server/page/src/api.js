@@ -5,9 +5,10 @@ import { signal } from "@preact/signals";
 import { events } from "./sse.js";
 
 const KEY = "loramux.key";
+const ANSWER_MS = 20_000; // what is only looked up takes milliseconds: later it is a connection that died unnoticed
 
 export const key = signal(sessionStorage.getItem(KEY) ?? "");
-export const keyWanted = signal(""); // the server's sentence, once it refused
+export const keyWanted = signal(""); // why it must be entered, once the server refused
 export const reachable = signal(true);
 export const reconnections = signal(0);
 
@@ -23,6 +24,12 @@ export function setKey(value) {
   keyWanted.value = "";
   if (value) sessionStorage.setItem(KEY, value);
   else sessionStorage.removeItem(KEY);
+}
+
+// Whatever this tab knows goes with it: what is in memory, too.
+export function signOut() {
+  sessionStorage.clear();
+  location.reload();
 }
 
 export function withKey(headers = {}) {
@@ -48,7 +55,24 @@ export async function request(method, path, { body, signal: abort, headers } = {
   return response;
 }
 
-export const get = async (path, options) => (await request("GET", path, options)).json();
+export async function get(path, options) {
+  return JSON.parse(await getText(path, options));
+}
+
+export async function getText(path, options) {
+  const abort = new AbortController();
+  const timer = setTimeout(() => abort.abort(), ANSWER_MS);
+  try {
+    return await (await request("GET", path, { ...options, signal: abort.signal })).text();
+  } catch (error) {
+    if (error instanceof ApiError) throw error;
+    lost();
+    throw new ApiError("The server does not answer.", { code: "unreachable" });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 export const post = async (path, body = {}, options) => (await request("POST", path, { ...options, body })).json();
 export const patch = async (path, body) => (await request("PATCH", path, { body })).json();
 export const remove = async (path) => (await request("DELETE", path)).json();
@@ -68,7 +92,8 @@ export async function* stream(method, path, options) {
   }
 }
 
-// A form, with progress from 0 to 1: fetch does not tell how much of a body was sent.
+// A form, with progress from 0 to 1: fetch does not tell how much of a body was sent. It ends with the tab, so the browser
+// asks before it leaves.
 export function upload(path, form, { onProgress = () => {}, signal: abort } = {}) {
   return new Promise((resolve, reject) => {
     const sent = new XMLHttpRequest();
@@ -76,6 +101,9 @@ export function upload(path, form, { onProgress = () => {}, signal: abort } = {}
     for (const [name, value] of Object.entries(withKey())) sent.setRequestHeader(name, value);
     sent.upload.onprogress = (event) => event.lengthComputable && onProgress(event.loaded / event.total);
     sent.upload.onload = () => onProgress(1);
+    const stay = (event) => event.preventDefault();
+    addEventListener("beforeunload", stay);
+    sent.onloadend = () => removeEventListener("beforeunload", stay);
     sent.onload = () => {
       if (sent.status < 300) resolve(JSON.parse(sent.responseText));
       else reject(refused(sent.status, sent.responseText));
@@ -109,8 +137,10 @@ function refused(status, text) {
   }
   const message = error.message ?? `The server answered with status ${status}.`;
   if (status === 401) {
+    // To whom sent none the server says how a program sends one; people need to know where to get it.
+    const reason = key.value ? message : keyWanted.value || "Enter the one that its operator has given to you.";
     setKey("");
-    keyWanted.value = message;
+    keyWanted.value = reason;
   }
   return new ApiError(message, { ...error, status });
 }
@@ -121,7 +151,7 @@ async function lost() {
   for (let wait = 500; !reachable.value; wait = Math.min(5000, wait * 1.5)) {
     await new Promise((wake) => setTimeout(wake, wait));
     try {
-      await fetch("/health", { cache: "no-store" });
+      await fetch("/health", { cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS) });
       reachable.value = true;
       reconnections.value += 1;
     } catch {

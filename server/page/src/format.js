@@ -34,8 +34,9 @@ export function ago(unix, now = Date.now() / 1000) {
   if (passed < 60) return `${Math.floor(passed)} s ago`;
   if (passed < 3600) return `${Math.floor(passed / 60)} min ago`;
   if (passed < 86_400) return `${Math.floor(passed / 3600)} h ago`;
-  return new Date(unix * 1000).toLocaleDateString();
+  return day(unix);
 }
 
+export const day = (unix) => new Date(unix * 1000).toLocaleDateString();
 export const clock = (unix) => new Date(unix * 1000).toLocaleTimeString([], { hour12: false });
 export const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;

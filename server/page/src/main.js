@@ -4,9 +4,10 @@ import { render } from "preact";
 import { useEffect } from "preact/hooks";
 import { effect } from "@preact/signals";
 import { html } from "./html.js";
-import { key, keyWanted, reachable, setKey } from "./api.js";
+import { key, keyWanted, reachable, signOut } from "./api.js";
 import { usePoll } from "./poll.js";
-import { base, dark, models, refreshModels, route, toggleTheme } from "./state.js";
+import { Problem } from "./parts.js";
+import { base, dark, models, modelsError, refreshModels, route, toggleTheme } from "./state.js";
 import { Adapters } from "./views/adapters.js";
 import { Compare } from "./views/compare.js";
 import { Login } from "./views/login.js";
@@ -29,7 +30,7 @@ effect(() => {
 });
 
 function App() {
-  usePoll(refreshModels, MODELS_EVERY_S, [key.value]);
+  usePoll(async () => keyWanted.value || (await refreshModels()), MODELS_EVERY_S);
   useEffect(() => document.getElementById("main").focus({ preventScroll: true }), [route.value.view]);
   const [, View] = VIEWS[route.value.view] ?? [];
   return html`
@@ -47,14 +48,10 @@ function App() {
         )}
       </nav>
       <span class="grow"></span>
-      <span class="serving">${base.value && html`<span class=${reachable.value ? "dot" : "dot off"}></span>${base.value.id}`}</span>
+      <span class="serving">${base.value && !keyWanted.value && html`<span class=${reachable.value ? "dot" : "dot off"}></span>${base.value.id}`}</span>
       ${
         key.value &&
-        html`<button
-        type="button"
-        class="quiet"
-        onClick=${() => (setKey(""), (models.value = null), (keyWanted.value = "You are signed out."))}
-      >Sign out</button>`
+        html`<button type="button" class="quiet" onClick=${signOut}>Sign out</button>`
       }
       <button
         type="button"
@@ -72,7 +69,7 @@ function App() {
         keyWanted.value
           ? html`<${Login} />`
           : !models.value
-            ? html`<p class="muted">Asking the server…</p>`
+            ? html`<${Problem} error=${modelsError.value} />${!modelsError.value && html`<p class="muted">Asking the server…</p>`}`
             : View
               ? html`<${View} />`
               : html`<p>There is no such view. <a href="#/compare">Compare models</a> instead.</p>`

@@ -1,8 +1,8 @@
 // Prometheus' text format -> samples, and what the page shows of them.
 
-export async function readMetrics(request) {
-  return parse(await (await request("GET", "/metrics", { headers: { Accept: "text/plain" } })).text());
-}
+import { getText } from "./api.js";
+
+export const readMetrics = async () => parse(await getText("/metrics", { headers: { Accept: "text/plain" } }));
 
 // name -> [{ labels, value }]
 export function parse(text) {

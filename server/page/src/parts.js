@@ -142,4 +142,8 @@ export function Drop({ label, accept, multiple = false, onFiles, children }) {
   </div>`;
 }
 
+// Below a list that is asked for from its newest on: the API gives up to 1000 at once.
+export const Older = ({ page, count, onMore }) =>
+  page?.has_more && count < 1000 ? html`<button type="button" onClick=${onMore}>Show older</button>` : null;
+
 export const Chip = ({ kind = "", children }) => html`<span class=${`chip ${kind}`}>${children}</span>`;

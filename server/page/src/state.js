@@ -36,7 +36,14 @@ export function toggleTheme() {
 export const models = signal(null); // null until the first answer
 export const base = computed(() => models.value?.find((model) => !model.parent) ?? null);
 
+export const modelsError = signal(null); // why there are none yet: the server is restarting its worker, say
+
 export async function refreshModels() {
-  const found = (await get("/v1/models")).data;
-  if (JSON.stringify(found) !== JSON.stringify(models.value)) models.value = found;
+  try {
+    const found = (await get("/v1/models")).data;
+    if (JSON.stringify(found) !== JSON.stringify(models.value)) models.value = found;
+    modelsError.value = null;
+  } catch (error) {
+    modelsError.value = error;
+  }
 }

@@ -47,7 +47,7 @@ export function Adapters() {
   }, 2);
   const changed = () => {
     refresh();
-    refreshModels().catch(() => {});
+    refreshModels();
   };
   const shown = adapters?.filter((adapter) => adapter.id.toLowerCase().includes(wanted.toLowerCase()));
   return html`<section>
@@ -95,6 +95,7 @@ export function Adapters() {
       </table>
     </div>`
     }
+    ${open && adapters && !adapters.some(({ id }) => id === open) && html`<p class="note" role="status">There is no adapter ${open} here any more.</p>`}
     ${shown?.length === 0 && adapters.length > 0 && html`<p class="muted">No adapter's name has “${wanted}” in it.</p>`}
   </section>`;
 }

@@ -39,6 +39,7 @@ export function Compare() {
         key=${column.id}
         column=${column}
         first=${index ? shown[0] : null}
+        removable=${shown.length > 1}
       />`,
       )}
     </div>
@@ -124,13 +125,14 @@ function Ask() {
   </form>`;
 }
 
-// The first model that no column has yet.
+// The first model that no column has yet; the base by one of its names only.
 function another() {
+  const [base] = models.value;
   const taken = new Set(columns.value.map((column) => column.model.value));
-  return (models.value.find((model) => !taken.has(model.id)) ?? models.value[0]).id;
+  return (models.value.find((model) => !taken.has(model.id) && (model.parent || model === base)) ?? base).id;
 }
 
-function Column({ column, first }) {
+function Column({ column, first, removable }) {
   const turns = column.turns.value;
   const model = column.model.value;
   const [path, body] = bodyOf(column, answered(turns));
@@ -141,6 +143,7 @@ function Column({ column, first }) {
         type="button"
         class="quiet icon"
         aria-label=${`Remove column ${model}`}
+        disabled=${!removable}
         onClick=${() => removeColumn(column)}
       >✕</button>
     </header>

@@ -4,27 +4,29 @@ import { useEffect, useState } from "preact/hooks";
 import { download, get, post, remove, stream } from "../api.js";
 import { ago, bytes, number, seconds } from "../format.js";
 import { html } from "../html.js";
-import { Bar, Chip, Problem } from "../parts.js";
+import { Bar, Chip, Older, Problem } from "../parts.js";
 import { usePoll } from "../poll.js";
 import { pathOf } from "./adapters.js";
 
 const FORMATS = { bf16: "bf16", fp16: "fp16", fp32: "fp32", nf4: "NF4 (4 bit)" };
+const PAGE = 20;
 const KINDS = { succeeded: "good", failed: "bad", running: "busy" };
 
 export function Exports({ adapter }) {
   const path = `${pathOf(adapter.id)}/exports`;
-  const [jobs, setJobs] = useState(null);
+  const [page, setPage] = useState(null);
+  const [count, setCount] = useState(PAGE);
   const [format, setFormat] = useState("bf16");
   const [onto, setOnto] = useState("dequantized");
   const [verify, setVerify] = useState(8);
   const [error, setError] = useState(null);
   const refresh = usePoll(
     async (alive) => {
-      const found = (await get(`${path}?limit=20`)).data;
-      if (alive()) setJobs(found);
+      const found = await get(`${path}?limit=${count}`);
+      if (alive()) setPage(found);
     },
     3,
-    [path],
+    [path, count],
   );
   const start = async (event) => {
     event.preventDefault();
@@ -64,7 +66,8 @@ export function Exports({ adapter }) {
       <button>Start export</button>
     </form>
     <${Problem} error=${error} />
-    ${jobs?.map((job) => html`<${Job} key=${job.id} job=${job} path=${`${path}/${job.id}`} onChanged=${refresh} />`)}
+    ${page?.data.map((job) => html`<${Job} key=${job.id} job=${job} path=${`${path}/${job.id}`} onChanged=${refresh} />`)}
+    <${Older} page=${page} count=${count} onMore=${() => setCount(count + PAGE)} />
   </div>`;
 }
 

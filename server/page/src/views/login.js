@@ -4,14 +4,13 @@ import { useState } from "preact/hooks";
 import { keyWanted, setKey } from "../api.js";
 import { html } from "../html.js";
 import { Field } from "../parts.js";
-import { refreshModels } from "../state.js";
 
 export function Login() {
   const [typed, setTyped] = useState("");
   const enter = (event) => {
     event.preventDefault();
     setKey(typed.trim());
-    refreshModels().catch(() => {}); // a key that is refused brings this form back, with the reason
+    location.reload(); // whoever was here before leaves nothing; a key that is refused brings this form back, with the reason
   };
   return html`<form class="panel login" onSubmit=${enter}>
     <h1>This server asks for a key</h1>

@@ -1,7 +1,7 @@
 // Server: what it does right now, from /metrics, every two seconds.
 
 import { useRef, useState } from "preact/hooks";
-import { get, request } from "../api.js";
+import { get } from "../api.js";
 import { Chart } from "../chart.js";
 import { bytes, clock, number, seconds } from "../format.js";
 import { html } from "../html.js";
@@ -22,7 +22,7 @@ export function Server() {
   const [error, setError] = useState(null);
   usePoll(async (alive) => {
     try {
-      const samples = await readMetrics(request);
+      const samples = await readMetrics();
       version || setVersion((await get("/version")).version);
       readings.current = [
         ...readings.current,
@@ -37,7 +37,10 @@ export function Server() {
     }
   }, EVERY_S);
   if (!shown)
-    return html`<section><${Problem} error=${error} />${!error && html`<p class="muted">Asking the server…</p>`}</section>`;
+    return html`<section>
+      <${Problem} error=${error} />${!error && html`<p class="muted">Asking the server…</p>`}
+      <${Keys} />
+    </section>`;
   const now = shown.at(-1).samples;
   const before = shown.at(-1 - Math.min(WINDOW, shown.length - 1))?.samples;
   const window = shown.length > 1 ? before : null;

@@ -4,13 +4,14 @@ import { useState } from "preact/hooks";
 import { get } from "../api.js";
 import { ago } from "../format.js";
 import { html } from "../html.js";
-import { Chip, Empty, Problem } from "../parts.js";
+import { Chip, Empty, Older, Problem } from "../parts.js";
 import { usePoll } from "../poll.js";
 import { route } from "../state.js";
 import { Job } from "./train_job.js";
 import { NewJob } from "./train_new.js";
 
 export const KINDS = { succeeded: "good", failed: "bad", running: "busy", paused: "warn" };
+const PAGE = 100;
 export const WORDS = { validating_files: "checking files" };
 
 export function Train() {
@@ -21,16 +22,22 @@ export function Train() {
 }
 
 function Jobs() {
-  const [jobs, setJobs] = useState(null);
+  const [page, setPage] = useState(null);
+  const [count, setCount] = useState(PAGE);
   const [error, setError] = useState(null);
-  usePoll(async (alive) => {
-    try {
-      const found = (await get("/v1/fine_tuning/jobs?limit=100")).data;
-      if (alive()) setJobs(found);
-    } catch (failure) {
-      if (alive()) setError(failure);
-    }
-  }, 2);
+  usePoll(
+    async (alive) => {
+      try {
+        const found = await get(`/v1/fine_tuning/jobs?limit=${count}`);
+        if (alive()) setPage(found);
+      } catch (failure) {
+        if (alive()) setError(failure);
+      }
+    },
+    2,
+    [count],
+  );
+  const jobs = page?.data;
   return html`<section>
     <div class="row spread">
       <h1>Fine-tuning</h1>
@@ -62,6 +69,7 @@ function Jobs() {
           )}
         </tbody>
       </table>
+      <${Older} page=${page} count=${count} onMore=${() => setCount(count + PAGE)} />
     </div>`
     }
   </section>`;

@@ -23,7 +23,7 @@ export function Job({ id }) {
   const refresh = usePoll(
     async (alive) => {
       try {
-        const [found, made] = await Promise.all([get(path), get(`${path}/checkpoints?limit=100`)]);
+        const [found, made] = await Promise.all([get(path), get(`${path}/checkpoints?limit=1000`)]);
         if (!alive()) return;
         setJob(found);
         setCheckpoints((old) => (JSON.stringify(old) === JSON.stringify(made.data) ? old : made.data));

@@ -1,7 +1,7 @@
 // A new job: the data, what the trainer makes of it, the recipe, and what the run will take.
 
 import { useEffect, useState } from "preact/hooks";
-import { post, request, upload } from "../api.js";
+import { post, upload } from "../api.js";
 import { bytes, plural, seconds } from "../format.js";
 import { html } from "../html.js";
 import { readMetrics, sum } from "../metrics.js";
@@ -38,7 +38,7 @@ export function NewJob() {
         const found = await post("/v1/fine_tuning/plan", bodyOf(draft.value, base.value.id), { signal: abort.signal });
         setPlan(found);
         setTime(
-          await readMetrics(request).then(
+          await readMetrics().then(
             (samples) => timeOf(found, samples, sum),
             () => [null, "this key may not see how fast the server is"],
           ),

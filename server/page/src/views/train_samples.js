@@ -1,7 +1,7 @@
 // What every checkpoint answers to one prompt, beside the base. Greedy, one question at a time, each asked once.
 
-import { useEffect, useState } from "preact/hooks";
-import { post } from "../api.js";
+import { useEffect, useRef, useState } from "preact/hooks";
+import { post, reconnections } from "../api.js";
 import { linkTo } from "../compare_run.js";
 import { number } from "../format.js";
 import { html } from "../html.js";
@@ -14,7 +14,7 @@ export function Samples({ job, checkpoints }) {
   const [prompt, setPrompt] = useState(job.metadata?.sample_prompt ?? "");
   const [typed, setTyped] = useState(prompt);
   const [, redraw] = useState(0);
-  const [error, setError] = useState(null);
+  const faults = useRef(new Map()).current; // by the same keys: one that is gone does not keep the others from answering
   const rows = [
     { model: job.model, label: `${job.model}, before` },
     ...checkpoints
@@ -30,16 +30,21 @@ export function Samples({ job, checkpoints }) {
   useEffect(() => {
     const abort = new AbortController();
     (async () => {
-      setError(null);
       for (const { model } of prompt ? wanted : []) {
         const key = JSON.stringify([model, prompt]);
         if (answers.has(key)) continue;
-        answers.set(key, await sample(model, prompt, abort.signal));
+        try {
+          answers.set(key, await sample(model, prompt, abort.signal));
+          faults.delete(key);
+        } catch (failure) {
+          if (failure.name === "AbortError") return;
+          faults.set(key, failure);
+        }
         redraw((count) => count + 1);
       }
-    })().catch((failure) => failure.name !== "AbortError" && setError(failure));
+    })();
     return () => abort.abort();
-  }, [prompt, wanted.map((row) => row.model).join()]);
+  }, [prompt, wanted.map((row) => row.model).join(), reconnections.value]);
   return html`<div class="panel">
     <h2>Samples</h2>
     <form class="row" onSubmit=${(event) => (event.preventDefault(), setPrompt(typed.trim()))}>
@@ -53,14 +58,13 @@ export function Samples({ job, checkpoints }) {
       />
       <button>Ask all</button>
     </form>
-    <${Problem} error=${error} />
     ${!wanted.length && html`<p class="muted">Checkpoints appear here as they are made; each can be called at once.</p>`}
     <ul class="samples">
       ${wanted.map(({ model, label, loss }) => {
-        const answer = answers.get(JSON.stringify([model, prompt]));
+        const key = JSON.stringify([model, prompt]);
         return html`<li key=${model} data-sample=${model}>
           <div class="row spread"><strong>${label}</strong><span class="row">${loss != null && html`<span class="muted">loss ${number(loss)}</span>`}<a href=${linkTo([job.model, model], prompt)}>Compare</a></span></div>
-          ${prompt && html`<p class="text">${answer ?? "…"}</p>`}
+          ${prompt && (faults.has(key) && !answers.has(key) ? html`<${Problem} error=${faults.get(key)} />` : html`<p class="text">${answers.get(key) ?? "…"}</p>`)}
         </li>`;
       })}
     </ul>
