@@ -15,10 +15,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import FusedPart, Kernel
+
+logger = logging.getLogger(__name__)
 
 # bitsandbytes warns, when it is imported, that it could not download a CPU kernel; ours multiplies a dense copy.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -50,6 +53,8 @@ def _uncompiled(model: Any = None, **_: Any) -> Any:
 bnb = _import_bitsandbytes()
 
 BLOCKSIZE = 64
+# Relative errors up to which two products of the same values differ by rounding alone.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,9 @@ class NF4Weight:
         return digest.digest()
 
 
+MatMul = Callable[[torch.Tensor, NF4Weight, torch.Tensor | None], torch.Tensor]
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a contiguous tensor, without a copy when it is on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -142,7 +150,8 @@ class NF4Linear(torch.nn.Linear):
     `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
     features. `kernel`, if set, is a dense copy in the compute dtype that multiplies instead (`grouping.derive_kernels`):
     on CPUs dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused 4-bit
-    matmul on CUDA, or dequantizes. The backward pass gives the input's gradient only.
+    matmul on CUDA once that has proven itself (`cuda_matmul`), but for `few_rows`, where another was faster
+    (`nf4_rows.py`), or dequantizes. The backward pass gives the input's gradient only.
     """
 
     def __init__(self, quantized: NF4Weight, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
@@ -156,6 +165,8 @@ class NF4Linear(torch.nn.Linear):
         )
         self.register_parameter("bias", fixed_bias)
         self.kernel: Kernel | None = None
+        self.few_rows: frozenset[int] = frozenset()  # numbers of rows that `few_rows_matmul` is for
+        self.few_rows_matmul: MatMul = dequantized_matmul
         self.held: torch.Tensor | None = None  # see `holding_dense`
         self._holding = False
 
@@ -167,10 +178,11 @@ class NF4Linear(torch.nn.Linear):
         """`x @ W.T + b` without autograd, by the fastest exact path this device has."""
         if self.kernel is not None:
             return self.kernel(x)
+        if self.few_rows and x.numel() // self.in_features in self.few_rows:
+            return self.few_rows_matmul(x, self.quantized, self.bias)
         if x.device.type == "cuda":
-            fused: torch.Tensor = bnb_matmul(x, self.quantized, self.bias)
-            return fused
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+            return cuda_matmul(x.device, x.dtype)(x, self.quantized, self.bias)
+        return dequantized_matmul(x, self.quantized, self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and input.requires_grad:
@@ -195,11 +207,53 @@ class NF4Linear(torch.nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nf4"
 
 
-def bnb_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> Any:
+def bnb_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """bitsandbytes' 4-bit matmul on CUDA: fused kernels for few rows, dequantize + cuBLAS above."""
     from bitsandbytes.autograd._functions import matmul_4bit
 
-    return matmul_4bit(x, weight.packed.t(), quant_state=weight.state, bias=bias)
+    y: torch.Tensor = matmul_4bit(x, weight.packed.t(), quant_state=weight.state, bias=bias)
+    return y
+
+
+def dequantized_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight.dequantize(x.dtype), bias)
+
+
+@cache
+def cuda_matmul(device: torch.device, dtype: torch.dtype) -> MatMul:
+    """bitsandbytes' product if it agrees with the dequantized one on this device, else that one; the log says which.
+
+    Asked at the first product of a base, which is a part of loading it.
+    """
+    distance = distance_of(bnb_matmul, device, dtype)
+    bound = ROUNDING[dtype]
+    if distance <= bound:
+        logger.info("NF4: bitsandbytes' fused product (relative error %.1g on a probe)", distance)
+        return bnb_matmul
+    logger.warning(
+        "NF4: bitsandbytes' fused product is wrong on %s (relative error %.3g, at most %g is rounding); every "
+        "product dequantizes its weight, which is slower",
+        device,
+        distance,
+        bound,
+    )
+    return dequantized_matmul
+
+
+@torch.no_grad()
+def distance_of(
+    product: MatMul, device: torch.device, dtype: torch.dtype, counts: Iterable[int] = (1, 5, 33, 200)
+) -> float:
+    """The largest relative error of `product` for these numbers of rows, which choose different kernels."""
+    generator = torch.Generator().manual_seed(0)
+    weight = NF4Weight.quantize(torch.randn(192, 256, generator=generator).to(device))
+    bias = torch.randn(192, generator=generator).to(device, dtype)
+    distances = []
+    for rows in counts:
+        x = torch.randn(1, rows, 256, generator=generator).to(device, dtype)
+        expected = dequantized_matmul(x, weight, bias).float()
+        distances.append(float((product(x, weight, bias).float() - expected).norm() / expected.norm()))
+    return float("nan") if any(d != d for d in distances) else max(distances)
 
 
 class _NF4MatMul(torch.autograd.Function):

@@ -26,11 +26,13 @@ from loramux_adapters.grouping import derive_kernels, shared_inputs
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.model_config import CONFIG_FAULTS, faults_said, reason
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
+from loramux_adapters.nf4_rows import choose_few_rows
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.context import context_length
 from loramux_server.base.device import pick_device, pick_dtype
 from loramux_server.base.location import check_location
 from loramux_server.base.nf4_cache import QuantizedCopy
+from loramux_server.base.quantized_checkpoint import is_nf4_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     config = _read_config(options)
-    prequantized = _check_quantization_config(config, options)
+    prequantized = is_nf4_checkpoint(config, options.model, options.quantization)
     quantize = options.quantization == "nf4" and not prequantized
     copy = None
     if quantize and options.nf4_cache is not None:
@@ -121,6 +123,7 @@ def _resident(model: PreTrainedModel, name: str, device: torch.device, dtype: to
     groups = shared_inputs(model, list(shapes))
     if device.type == "cpu":
         derive_kernels(model, groups)
+    choose_few_rows(model, dtype)
     identity = base_identity(_canonical_linears(model))
     text_config = model.config.get_text_config()
     return ResidentBase(
@@ -155,34 +158,6 @@ def _read_config(options: LoadOptions) -> Any:
             param="model",
         )
     return config
-
-
-def _check_quantization_config(config: Any, options: LoadOptions) -> bool:
-    """True if the checkpoint is already NF4. Anything else that is quantized is refused by name."""
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is None:
-        return False
-    fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
-    method = str(fields.get("quant_method", "")).rsplit(".", 1)[-1].lower()
-    if fields.get("load_in_8bit", fields.get("_load_in_8bit")):
-        method += " int8"
-    if "bitsandbytes" not in method or not fields.get("load_in_4bit", fields.get("_load_in_4bit")):
-        raise BaseModelError(
-            f"'{options.model}' is quantized with {method or 'an unknown method'}; use the 16-bit checkpoint or one "
-            "quantized to NF4 by bitsandbytes",
-            param="quantization_config",
-        )
-    if fields.get("bnb_4bit_quant_type") != "nf4":
-        raise BaseModelError(
-            f"'{options.model}' is quantized as {fields.get('bnb_4bit_quant_type')}; only nf4 is supported",
-            param="quantization_config.bnb_4bit_quant_type",
-        )
-    if options.quantization == "none":
-        raise BaseModelError(
-            f"'{options.model}' is already quantized to NF4; --quantization none needs the 16-bit checkpoint",
-            param="quantization",
-        )
-    return True
 
 
 def _read_weights(

@@ -2,9 +2,10 @@
 
 All tokens of a step travel as one row `[1, T]`; `PagedBatch` says which sequence each belongs to and where its keys and
 values go. Layout follows PagedAttention (Kwon et al. 2023, https://arxiv.org/abs/2309.06180): a block holds
-`block_size` tokens of one sequence. The decode part gathers the blocks of its sequences and runs them as one batch;
-each prompt chunk runs on its own. Grouped-query heads, sliding windows and score capping are honoured; any other
-argument an architecture passes (sinks, say) is refused by name, because ignoring it would give wrong answers.
+`block_size` tokens of one sequence. The decode part runs as one batch: a kernel reads the blocks where they lie, if there is
+one (`decode_kernel.py`), or they are gathered; each prompt chunk runs on its own. Grouped-query heads, sliding windows and
+score capping are honoured; any other argument an architecture passes (sinks, say) is refused by name, because ignoring it
+would give wrong answers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import zeros_on_demand
+from loramux_server.engine.decode_kernel import decode_kernel
 
 NAME = "loramux_paged"
 
@@ -96,6 +98,9 @@ class KVCache:
         self.block_size = block_size
         shape = (num_blocks, block_size, 2, kv_heads, head_dim)
         self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
+        self.decode = decode_kernel(
+            device, dtype, block_size=block_size, kv_heads=kv_heads, head_dim=head_dim
+        )
 
     def write(
         self, layer: int, slots: torch.Tensor, begun: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -145,7 +150,18 @@ def paged_attention(
     cache.write(layer, paged.slots, paged.begun, key[0].transpose(0, 1), value[0].transpose(0, 1))
     out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
     n = paged.num_decodes
-    if n:
+    if n and cache.decode is not None:
+        cache.decode(
+            query[0, :, :n].transpose(0, 1),
+            cache.layers[layer],
+            paged.block_table,
+            paged.lengths,
+            out[:n],
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+        )
+    elif n:
         keys, values = cache.gather(layer, paged.block_table)
         # The query heads that share a KV head become query rows of it: no repeated keys.
         grouped = query[0, :, :n].transpose(0, 1).reshape(n, keys.shape[1], -1, query.shape[-1])
