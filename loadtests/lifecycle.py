@@ -24,6 +24,7 @@ from loadtests.prompts import make_prompts
 from loadtests.report import Figure, Result
 from loadtests.rounds import answers_of, asking, held_against_reference, p99_gap, repeats, settings_of
 from loadtests.scenarios import Scenario
+from loadtests.speculation import speculation
 from loadtests.training_beside import training_beside
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ MEASURES: Mapping[str, Callable[[Bench, Scenario], Result]] = {
     "features": features,
     "shared-prefix": shared_prefix,
     "long-prompts-beside": long_prompts_beside,
+    "speculation": speculation,
     "training-beside": training_beside,
 }
 

@@ -32,6 +32,23 @@ def make_prompts(encode: Encode, count: int, tokens: int) -> list[list[int]]:
     return [_prompt(encode, rng, tokens) for _ in range(count)]
 
 
+def make_repetitions(encode: Encode, count: int, tokens: int) -> list[list[int]]:
+    """`count` prompts that hold a numbered list of at least `tokens` tokens and begin to say it again."""
+    rng = random.Random("loramux")
+    return [
+        encode(f"A list:\n\n{_list(encode, rng, tokens)}\n\nThe same list again:\n\n1.") for _ in range(count)
+    ]
+
+
+def _list(encode: Encode, rng: random.Random, tokens: int) -> str:
+    entries: list[str] = []
+    for number, sentence in enumerate(_sentences(rng), 1):
+        entries.append(f"{number}. {sentence.strip()}")
+        if len(encode("\n".join(entries))) >= tokens:
+            break
+    return "\n".join(entries)
+
+
 def _prompt(encode: Encode, rng: random.Random, tokens: int) -> list[int]:
     prompt: list[int] = []
     for sentence in _sentences(rng):

@@ -33,6 +33,11 @@ DEFAULT_BUDGET, LARGE_BUDGET = "default budget", "budget 100 ms"
 PLAIN, LOGPROBS, SCHEMA, N_4 = "plain", "logprobs: 5", "json_schema", "n: 4"
 
 
+def drafts_kind(streams: int, *, drafts: bool) -> str:
+    """The name of a contestant of the scenario "speculation"."""
+    return f"{streams} stream{'s' if streams > 1 else ''}{', drafts' if drafts else ''}"
+
+
 # "decode": generated tokens while every stream decodes, without the time the prompts take.
 Figure = Literal["generated", "prompt", "decode"]
 
@@ -202,6 +207,15 @@ SCENARIOS = {
             new_tokens=8,
             own_server=True,
             goals=(Goal(UNCACHED, 5, over=CACHED),),
+        ),
+        Scenario(
+            "speculation",
+            "answers that repeat a list of the prompt, 1 stream and 8, with n-gram drafts and without",
+            streams=8,
+            prompt_tokens=256,
+            new_tokens=128,
+            own_server=True,
+            goals=(Goal(drafts_kind(1, drafts=True), 1.3, over=drafts_kind(1, drafts=False)),),
         ),
         Scenario(
             "training-beside",

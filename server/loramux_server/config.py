@@ -8,14 +8,13 @@ Names are vLLM's where vLLM has the setting.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliPositionalArg,
@@ -27,24 +26,11 @@ from pydantic_settings import (
 
 from loramux_adapters.errors import ConfigError
 from loramux_server.keys.setting import Keys
+from loramux_server.sizes import Bytes
+from loramux_server.speculative_setting import Speculative
 
 # Variables that other parts of the project document and read at their own place.
 _OTHER_VARIABLES = frozenset({"LORAMUX_CACHE_DIR", "LORAMUX_CONFIG"})
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-          "K": 2**10, "M": 2**20, "G": 2**30}  # fmt: skip
-
-
-def parse_bytes(value: object) -> object:
-    """ "4GiB", "512MB" or a plain number of bytes."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError("give a size such as 4GiB, 512MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 def default_data_dir() -> Path:
@@ -136,6 +122,8 @@ class ServeConfig(BaseSettings):
     enable_prefix_caching: bool = Field(
         True, description="keep the KV blocks of finished requests for prompts that begin alike"
     )
+
+    speculative_config: Speculative = Field(None, description="drafts from the text before, as JSON")
 
     enable_lora: bool = Field(True, description="accepted for familiarity; adapters are always served")
     adapter_dir: list[Path] = Field(
@@ -236,6 +224,19 @@ def read_config(arguments: Sequence[str]) -> ServeConfig:
         raise ConfigError(message, param=where) from error
     except SettingsError as error:
         raise ConfigError(f'{error}; give a list as JSON, such as ["name=path"]') from error
+
+
+def read_data_dir(given: Path | None, file: Path | None) -> Path:
+    """Where the server has its data, for commands that work on it: `given`, LORAMUX_DATA_DIR, `file` or LORAMUX_CONFIG's,
+    the default. Raises ConfigError."""
+    variable = os.environ.get("LORAMUX_DATA_DIR")
+    if given is not None or variable:
+        return given or Path(variable or "")
+    path = file or _config_path(())
+    value = None if path is None else _read_file(path).get("data_dir")
+    if not isinstance(value, str | None):
+        raise ConfigError(f"--config {path}: data_dir: is not a path", param="data_dir")
+    return default_data_dir() if value is None else Path(value)
 
 
 def _refuse_unknown_variables() -> None:

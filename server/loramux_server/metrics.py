@@ -25,6 +25,7 @@ from loramux_server.latency_metrics import LatencyMetrics
 from loramux_server.observed import current_request
 from loramux_server.prefix_cache_metrics import PrefixCacheMetrics
 from loramux_server.service_metrics import ServiceMetrics
+from loramux_server.spec_decode_metrics import SpecDecodeMetrics
 from loramux_server.training_metrics import TrainingMetrics
 from loramux_server.usage import Usage
 
@@ -49,6 +50,7 @@ class Metrics:
         self._waiting = Gauge("loramux_num_requests_waiting", "Sequences in the queue", registry=registry)
         self._kv_cache = Gauge("loramux_kv_cache_usage_perc", "KV blocks in use, 0 to 1", registry=registry)
         self._prefix_cache = PrefixCacheMetrics(registry)
+        self._spec_decode = SpecDecodeMetrics(registry)
         self._prompt = _counter(registry, "prompt_tokens", "Prompt tokens accepted", "adapter")
         self._generated = _counter(registry, "generation_tokens", "Tokens generated", "adapter")
         self._success = _counter(
@@ -138,6 +140,7 @@ class Metrics:
         self._waiting.set(stats.waiting)
         self._kv_cache.set(stats.kv_blocks_used / max(stats.kv_blocks_total, 1))
         self._prefix_cache.observe(stats)
+        self._spec_decode.observe(stats)
         self.service.observe(stats)
         if stats.batch_tokens:
             self._batch_size.observe(stats.batch_tokens)

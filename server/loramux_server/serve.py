@@ -265,6 +265,7 @@ def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         gpu_memory_utilization=config.gpu_memory_utilization,
         block_size=config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        speculative_config=config.speculative_config,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_loras=config.max_loras,

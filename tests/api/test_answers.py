@@ -260,6 +260,48 @@ class TestStop:
         assert (body["choices"][0]["text"], body["usage"]["completion_tokens"]) == ("Hello", 2)
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2}, {"stop": "wor"}, {"stop": "o w", "logprobs": 0}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_tokens_in_an_output_are_as_good_as_one_each(
+    client: httpx.AsyncClient, stand: Stand, stream: bool, fields: dict[str, Any]
+) -> None:
+    """As a server with drafts gives them: the same text, scores, usage and finish, stop strings in between included."""
+    one_each = stand.engine.saying("Hello world, this is Grüße 😀")
+
+    def by_three(call: Call) -> list[TokenOutput]:
+        single = list(one_each(call))
+        joined = []
+        for first in range(0, len(single), 3):
+            group = single[first : first + 3]
+            scores = [score for one in group if isinstance(one, TokenOutput) for score in one.logprobs or []]
+            tokens = [token for one in group if isinstance(one, TokenOutput) for token in one.tokens]
+            last = group[-1]
+            assert isinstance(last, TokenOutput)
+            joined.append(TokenOutput(call.request_id, tokens, last.finish, scores or None, cached_tokens=2))
+        return joined
+
+    answers = []
+    for script in (one_each, by_three):
+        stand.engine.script = script
+        response = (
+            await ask(client, False, stream=stream, stream_options={"include_usage": True}, **fields)
+            if stream
+            else await ask(client, False, **fields)
+        )
+        chunks = events(response) if stream else [response.json()]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        scores = [value for one in choices if one["logprobs"] for value in one["logprobs"]["token_logprobs"]]
+        answers.append(
+            (
+                "".join(one["text"] for one in choices),
+                scores,
+                choices[-1]["finish_reason"],
+                chunks[-1]["usage"],
+            )
+        )
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echoed_prompt_is_scored(client: httpx.AsyncClient, stand: Stand, stream: bool) -> None:
     """One entry for each token, the end token's too: whoever counts from the prompt's length finds the answer."""

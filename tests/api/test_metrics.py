@@ -9,6 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramux_server.engine.messages import AdapterLoad, EngineStats, StepOutput, TokenOutput
+from loramux_server.engine.stats import DraftCounts
 from loramux_server.metrics import MAX_ADAPTER_LABELS, Metrics
 from tests.api.conftest import Call, Stand
 
@@ -116,6 +117,20 @@ def test_the_prefix_cache() -> None:
     ):
         counts = stats(prefix_cache_queries=queries, prefix_cache_hits=hits, kv_blocks_cached=blocks)
         m.observe_step(StepOutput([], counts))
+        assert [value(m, name) for name in names] == counted
+
+
+def test_drafts() -> None:
+    m = Metrics(max_loras=4)
+    names = [f"spec_decode_num_{what}_total" for what in ("drafts", "draft_tokens", "accepted_tokens")]
+    for drafts, counted in (
+        (None, [0, 0, 0]),
+        (DraftCounts(3, 12, 7), [3, 12, 7]),
+        (DraftCounts(4, 16, 7), [4, 16, 7]),
+        (DraftCounts(1, 4, 2), [5, 20, 9]),  # the worker was restarted
+        (DraftCounts(1, 4, 2), [5, 20, 9]),
+    ):
+        m.observe_step(StepOutput([], stats(spec_decode=drafts)))
         assert [value(m, name) for name in names] == counted
 
 

@@ -34,6 +34,7 @@ from loadtests.scenarios import (
     WARM,
     Goal,
     Scenario,
+    drafts_kind,
 )
 from loadtests.server import base_name
 
@@ -408,3 +409,32 @@ def test_smallest_scenarios_of_long_prompts(
     else:
         assert (first["note"], second["name"]) == ("0 prompts beside", BESIDE_PROMPTS)
         assert int(second["note"].split()[0]) > 0
+
+
+@pytest.mark.e2e
+@pytest.mark.soak
+def test_smallest_scenario_of_drafts(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two servers, with and without; the one with has made some."""
+    model = add_tokenizer(tiny_model("llama"), tmp_path / "model")
+    file = tmp_path / "result.json"
+    sizes = [
+        "--streams",
+        "2",
+        "--new-tokens",
+        "32",
+        "--prompt-tokens",
+        "64",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
+    assert bench.main(["speculation", "--model", str(model), *sizes, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())["figures"]
+    assert [figure["name"] for figure in figures] == [
+        drafts_kind(count, drafts=drafts) for count in (1, 2) for drafts in (True, False)
+    ]
+    for figure in figures:
+        parity = figure["parity"]
+        assert (parity["violations"], parity["unreadable"]) == (0, 0)
+        assert figure["note"].endswith("drafts right") == figure["name"].endswith("drafts")

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from loramux_server.engine import sampler
 from loramux_server.engine.messages import SamplingParams
-from loramux_server.engine.sampler import Sampled, sample
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.sampler import Sampled
+from loramux_server.engine.sequence import Draw, Sequence
 
 VOCAB = 600  # more than twice the candidates that filters look at first
 END = (2, 5)
@@ -32,6 +32,11 @@ def sequence(prompt: list[int] | None = None, output: list[int] | None = None, *
     made = Sequence("id", prompt or [1, 2, 3], SamplingParams(**{"max_tokens": 99} | params))  # type: ignore[arg-type]
     made.output = list(output or [])
     return made
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...]) -> list[Sampled]:
+    """The next token of each."""
+    return sampler.sample(logits, [Draw(item, item.output) for item in sequences], end_tokens)
 
 
 def draw(row: torch.Tensor, item: Sequence) -> Sampled:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from loramux_adapters import layers
@@ -19,6 +20,7 @@ from loramux_adapters.residency import DeviceTier
 from loramux_adapters.weights import LoraWeights
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine.constraints import Grammars
+from loramux_server.engine.drafts import STEP_TOKENS, Drafter, num_kept
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.messages import (
     AdapterEviction,
@@ -30,6 +32,7 @@ from loramux_server.engine.messages import (
     StepOutput,
     TokenOutput,
 )
+from loramux_server.engine.options import SpeculativeConfig
 from loramux_server.engine.runner import ModelRunner
 from loramux_server.engine.sampler import Sampled, sample
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
@@ -53,6 +56,7 @@ class EngineOptions:
     max_cpu_loras: int = 64
     lora_rows: int = 512
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
 
 
 class Engine:
@@ -73,7 +77,10 @@ class Engine:
         self.blocks = BlockManager(
             options.num_blocks, options.block_size, prefix_caching=options.enable_prefix_caching
         )
-        self.scheduler = Scheduler(options.limits, self.blocks, self.bank)
+        self.drafter: Drafter | None = None
+        if options.speculative_config is not None:
+            self.drafter = Drafter(options.speculative_config, STEP_TOKENS[base.device.type])
+        self.scheduler = Scheduler(options.limits, self.blocks, self.bank, self.drafter)
         self.runner = ModelRunner(
             base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size
         )
@@ -186,31 +193,51 @@ class Engine:
     def _run(self, scheduled: list[Scheduled]) -> list[TokenOutput]:
         """What needs memory comes first, what changes a sequence afterwards: a run that failed can be repeated."""
         logits = self.runner.run(scheduled)
-        sampling = [item.sequence for item in scheduled if item.samples]
-        sampled = sample(logits, sampling, self.base.eos_token_ids) if sampling else []
+        draws = [draw for item in scheduled for draw in item.draws]
+        sampled = iter(sample(logits, draws, self.base.eos_token_ids) if draws else [])
+        outputs = []
         for item in scheduled:
-            start = item.sequence.num_computed
-            item.sequence.num_computed += item.count
-            self.blocks.publish(item.sequence, start)
-        return [self._advance(sequence, result) for sequence, result in zip(sampling, sampled, strict=True)]
+            sequence, start, samples = item.sequence, item.sequence.num_computed, item.samples
+            taken = self._take(item, list(islice(sampled, len(item.drafts) + 1))) if samples else []
+            # Behind the last token that was taken the cache may hold drafts that were wrong: they are overwritten.
+            sequence.num_computed += item.num_known + max(0, len(taken) - 1)
+            self.blocks.publish(sequence, start)
+            if self.drafter is not None:
+                accepted = sum(one.token == draft for one, draft in zip(taken, item.drafts, strict=False))
+                self.drafter.verified(sequence, len(item.drafts), accepted)
+                self.blocks.trim(sequence)
+            if samples:
+                outputs.append(self._advance(sequence, taken))
+        return outputs
 
-    def _advance(self, sequence: Sequence, result: Sampled) -> TokenOutput:
+    def _take(self, item: Scheduled, drawn: list[Sampled]) -> list[Sampled]:
+        """The tokens that the sequence goes on with; none if the logits are not finite."""
+        sequence, taken = item.sequence, list[Sampled]()
+        for result in drawn[: num_kept(item.drafts, [one.token for one in drawn])]:
+            if result.token is None:  # behind a right draft the next step comes back to it
+                break
+            taken.append(result)
+            sequence.output.append(result.token)
+            if sequence.constraint is not None:
+                sequence.constraint.accept(result.token)
+            sequence.finish = self._finish_reason(sequence, result.token)
+            if sequence.finish is not None:
+                break
+        return taken
+
+    def _advance(self, sequence: Sequence, taken: list[Sampled]) -> TokenOutput:
         constraint = sequence.constraint
-        if result.token is None and constraint is not None and constraint.error:
+        if not taken and constraint is not None and constraint.error:
             return self._failure(sequence, constraint.error, RequestError.code)
-        if result.token is None:
+        if not taken:
             return self._failure(sequence, "the model's logits are not finite for this request", "not_finite")
-        sequence.output.append(result.token)
-        if constraint is not None:
-            constraint.accept(result.token)
-        finish = self._finish_reason(sequence, result.token)
-        if finish is not None:
-            sequence.finish = finish
+        if sequence.finish is not None:
             self.scheduler.finish(sequence)
             del self.sequences[sequence.id]
-        logprobs = None if result.logprobs is None else [result.logprobs]
-        output = TokenOutput(sequence.id, [result.token], finish=finish, logprobs=logprobs)
-        if len(sequence.output) == 1:
+        tokens = [one.token for one in taken if one.token is not None]
+        logprobs = [one.logprobs for one in taken if one.logprobs is not None]
+        output = TokenOutput(sequence.id, tokens, finish=sequence.finish, logprobs=logprobs or None)
+        if len(sequence.output) == len(tokens):
             output.prompt_logprobs = sequence.prompt_scores or None
             output.cached_tokens = sequence.num_cached or 0
             output.queue_seconds = sequence.queue_seconds
@@ -244,6 +271,7 @@ class Engine:
             batch_tokens=sum(item.count for item in scheduled),
             batch_adapters=len(generations),
             preemptions=self.scheduler.preemptions,
+            spec_decode=self.drafter.counts if self.drafter is not None else None,
             device_adapters=self.bank.resident(),
             host_adapters=self.bank.on_host(),
             loading_adapters=self.bank.loading(),

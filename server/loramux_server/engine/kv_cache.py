@@ -80,6 +80,13 @@ class BlockManager:
         for index in range(first, full):
             self._cache.put(names[index], sequence.blocks[index])
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back blocks that hold none of its tokens: they were for drafts. Nobody else ever had them."""
+        for _ in range(len(sequence.blocks) - self.blocks_for(sequence.num_tokens)):
+            block = sequence.blocks.pop()
+            self._holders[block] = 0
+            self._free.appendleft(block)
+
     def release(self, sequence: Sequence) -> None:
         # Ends before beginnings: what fewer can use is given up first. Last in, first out for blocks that hold nothing
         # of use: recently used memory is still in the processor's caches.

@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+_Drafts = Annotated[int, msgspec.Meta(ge=1, le=64)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+# What vLLM looks up if neither bound is given.
+_LOOKUP = 5
+
+
+class SpeculativeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Drafts from the sequence's own tokens; names and defaults are vLLM's."""
+
+    method: Literal["ngram"]
+    num_speculative_tokens: _Drafts  # of a sequence in a step, at most
+    prompt_lookup_max: _Positive | None = None  # tokens that are looked up, at most and
+    prompt_lookup_min: _Positive | None = None  # at least; if one is not given, it is the other
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.window
+        if shortest > longest:
+            raise ValueError(
+                f"prompt_lookup_min: {shortest} must not be more than prompt_lookup_max, {longest}"
+            )
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """The fewest and the most tokens that are looked up."""
+        longest = self.prompt_lookup_max or self.prompt_lookup_min or _LOOKUP
+        return self.prompt_lookup_min or longest, longest
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +53,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_loras: int = 8

@@ -48,24 +48,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
-        """Logits `[samples, vocab]` in fp32 for the items that sample, in the order they were given.
+        """Logits `[draws, vocab]` in fp32 for all draws of the items, in the order they were given.
 
         Prompts whose log-probabilities were asked for are scored on the way.
         """
         # Decoding sequences first: attention runs them as one batch.
-        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].count > 1)
+        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_known > 1)
         items = [scheduled[i] for i in order]
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[str | None] = []
         for item in items:
             start = item.sequence.num_computed
-            tokens += item.sequence.tokens(start, start + item.count)
+            tokens += item.tokens
             positions += range(start, start + item.count)
             rows += [item.sequence.generation] * item.count
         self.bank.set_adapter(rows)
-        last_rows = self._sampling_rows(items, order, len(scheduled))
-        kept_rows = last_rows + self._scored_rows(items)
+        drawn_rows = self._drawn_rows(items, order)
+        kept_rows = drawn_rows + self._scored_rows(items)
         device = self.base.device
         output = self.base.model(
             input_ids=torch.tensor([tokens], device=device),
@@ -74,24 +74,24 @@ class ModelRunner:
             logits_to_keep=torch.tensor(kept_rows or [0], device=device),
             paged=self._paged_batch(items),
         )
-        row = len(last_rows)
+        row = len(drawn_rows)
         for item in items:
             if positions_of := item.sequence.unscored(item.count):
                 score_prompt(item.sequence, positions_of, output.logits[0, row : row + len(positions_of)])
                 row += len(positions_of)
-        logits: torch.Tensor = output.logits[0, : len(last_rows)]
+        logits: torch.Tensor = output.logits[0, : len(drawn_rows)]
         return logits.float()
 
     @staticmethod
-    def _sampling_rows(items: list[Scheduled], order: list[int], count: int) -> list[int]:
-        """Row of the last token of each item that samples, back in the order the scheduler gave them."""
-        last: list[int | None] = [None] * count
+    def _drawn_rows(items: list[Scheduled], order: list[int]) -> list[int]:
+        """Rows of the last known token of each item that samples, and of its drafts, back in the scheduler's order."""
+        drawn = [range(0)] * len(items)
         row = 0
         for index, item in zip(order, items, strict=True):
             row += item.count
             if item.samples:
-                last[index] = row - 1
-        return [row for row in last if row is not None]
+                drawn[index] = range(row - 1 - len(item.drafts), row)
+        return [row for rows in drawn for row in rows]
 
     @staticmethod
     def _scored_rows(items: list[Scheduled]) -> list[int]:
@@ -110,7 +110,7 @@ class ModelRunner:
         slots: list[int] = []
         begun: list[int] = []
         chunks: list[Chunk] = []
-        decodes = [item for item in items if item.count == 1]
+        decodes = [item for item in items if item.num_known == 1]
         for item in items:
             sequence, start = item.sequence, item.sequence.num_computed
             for position in range(start, start + item.count):
@@ -118,21 +118,25 @@ class ModelRunner:
             last, filled = divmod(start + item.count, size)
             if filled and last * size >= start:
                 begun.append(sequence.blocks[last])
-            if item.count > 1:
+            if item.num_known > 1:
                 blocks = torch.tensor(_own_blocks(sequence, start + item.count, size), device=device)
                 chunks.append(Chunk(len(slots) - item.count, item.count, start, blocks))
-        lengths = [item.sequence.num_computed + 1 for item in decodes]
-        tables = [
-            _own_blocks(item.sequence, length, size) for item, length in zip(decodes, lengths, strict=True)
+        # A draft is one more row over the same blocks, which sees a token more than the row before it.
+        seen = [
+            (item.sequence, item.sequence.num_computed + place)
+            for item in decodes
+            for place in range(1, item.count + 1)
         ]
+        lengths = [length for _, length in seen]
+        tables = [_own_blocks(sequence, length, size) for sequence, length in seen]
         width = max(map(len, tables), default=0)
         # A sequence's table is filled up with its own first block: what is masked must still be a number.
         table = [own + own[:1] * (width - len(own)) for own in tables]
         return PagedBatch(
             slots=torch.tensor(slots, device=device),
             begun=torch.tensor(begun, dtype=torch.long, device=device),
-            num_decodes=len(decodes),
-            block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(decodes), width),
+            num_decodes=len(seen),
+            block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(seen), width),
             lengths=torch.tensor(lengths, dtype=torch.long, device=device),
             chunks=chunks,
             cache=self.cache,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from loramux_server.engine.messages import SamplingParams, TokenLogprobs
-from loramux_server.engine.sequence import Sequence
+from loramux_server.engine.sequence import Draw, Sequence
 
 # Filters look at this many of the most likely tokens first; a full sort of the vocabulary is the exception.
 _CANDIDATES = 256
@@ -33,45 +33,45 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...]) -> list[Sampled]:
-    """logits `[rows, vocab]` fp32 (overwritten), one row per sequence -> one token each."""
+def sample(logits: torch.Tensor, draws: list[Draw], end_tokens: tuple[int, ...]) -> list[Sampled]:
+    """logits `[rows, vocab]` fp32 (overwritten), one row per draw -> one token each."""
     logprobs = [
-        torch.log_softmax(logits[row], -1) if sequence.params.logprobs is not None else None
-        for row, sequence in enumerate(sequences)
+        torch.log_softmax(logits[row], -1) if draw.sequence.params.logprobs is not None else None
+        for row, draw in enumerate(draws)
     ]
-    for row, sequence in enumerate(sequences):
-        _adjust(logits[row], sequence, end_tokens)
+    for row, draw in enumerate(draws):
+        _adjust(logits[row], draw, end_tokens)
     highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
     finite = torch.isfinite(highest).tolist()
     tokens: list[int] = likeliest.tolist()
     results: list[Sampled] = []
-    for row, sequence in enumerate(sequences):
+    for row, draw in enumerate(draws):
         if not finite[row]:
             results.append(Sampled(None))
             continue
-        token = tokens[row]
-        if sequence.params.temperature > 0:
-            token = _draw(logits[row], sequence)
-        results.append(Sampled(token, _report(logprobs[row], token, sequence.params.logprobs)))
+        params, token = draw.sequence.params, tokens[row]
+        if params.temperature > 0:
+            token = _draw(logits[row], draw)
+        results.append(Sampled(token, _report(logprobs[row], token, params.logprobs)))
     return results
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: tuple[int, ...]) -> None:
-    params = sequence.params
+def _adjust(row: torch.Tensor, draw: Draw, end_tokens: tuple[int, ...]) -> None:
+    sequence, params, output = draw.sequence, draw.sequence.params, draw.output
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
         row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
-    if len(sequence.output) < params.min_tokens:
+    if len(output) < params.min_tokens:
         blocked = [*end_tokens, *params.stop_token_ids]
         row[torch.tensor(blocked, dtype=torch.long, device=row.device)] = -torch.inf
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*sequence.prompt, *sequence.output}), device=row.device)
+        seen = torch.tensor(list({*sequence.prompt, *output}), device=row.device)
         values = row[seen]
         row[seen] = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
-    if sequence.output and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(sequence.output)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(output)
         ids = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
@@ -105,10 +105,10 @@ def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> 
             sequence.prompt_scores.append(TokenLogprobs(logprob, top, rank))
 
 
-def _draw(row: torch.Tensor, sequence: Sequence) -> int:
-    params = sequence.params
+def _draw(row: torch.Tensor, draw: Draw) -> int:
+    params = draw.sequence.params
     probs = torch.softmax(row / max(params.temperature, 1e-5), -1)
-    uniform = _uniform(sequence)
+    uniform = _uniform(draw)
     if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
         return _pick(probs, uniform)
     values, ids = torch.topk(probs, min(_CANDIDATES, probs.numel()))
@@ -145,10 +145,9 @@ def _pick(weights: torch.Tensor, uniform: float) -> int:
     return min(index, int(torch.nonzero(weights)[-1]))
 
 
-def _uniform(sequence: Sequence) -> float:
-    if sequence.params.seed is None:
-        return random.random()
-    return random.Random(f"{sequence.params.seed}:{len(sequence.output)}").random()
+def _uniform(draw: Draw) -> float:
+    seed = draw.sequence.params.seed
+    return random.random() if seed is None else random.Random(f"{seed}:{len(draw.output)}").random()
 
 
 def _report(logprobs: torch.Tensor | None, token: int, count: int | None) -> TokenLogprobs | None:

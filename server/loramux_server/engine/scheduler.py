@@ -3,7 +3,8 @@
 Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
 token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). A sequence whose adapter is not
 resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the KV cache runs
-out, the youngest running sequence gives its blocks back and is recomputed.
+out, the youngest running sequence gives its blocks back and is recomputed. Drafts come last: they get what everybody else
+left of the step and of the free blocks.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loramux_adapters.errors import AdapterError
+from loramux_server.engine.drafts import Drafter
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
 from loramux_server.engine.waiting import Verdict, WaitingQueue
@@ -44,10 +46,17 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, adapters: AdapterResidency) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        adapters: AdapterResidency,
+        drafter: Drafter | None = None,
+    ) -> None:
         self.limits = limits
         self.blocks = blocks
         self.adapters = adapters
+        self.drafter = drafter
         self.running: list[Sequence] = []  # oldest first
         self.waiting = WaitingQueue(limits.quantum)
         self.preemptions = 0
@@ -64,6 +73,8 @@ class Scheduler:
         self._continue_running(plan)
         budget = self.limits.max_num_batched_tokens - sum(item.count for item in plan.scheduled)
         self._admit_waiting(plan, budget)
+        if self.drafter is not None:
+            self._add_drafts(plan, self.drafter)
         return plan
 
     def finish(self, sequence: Sequence) -> None:
@@ -135,6 +146,22 @@ class Scheduler:
             return Verdict.ADMITTED
 
         self.waiting.serve(admit)
+
+    def _add_drafts(self, plan: Plan, drafter: Drafter) -> None:
+        """Equal shares for decoding sequences; what one does not use goes to those behind it."""
+        limit = min(self.limits.max_num_batched_tokens, drafter.step_tokens)
+        left = limit - sum(item.count for item in plan.scheduled)
+        decoding = [place for place, item in enumerate(plan.scheduled) if item.sequence.num_pending == 1]
+        for done, place in enumerate(decoding):
+            if left <= 0:
+                return
+            sequence = plan.scheduled[place].sequence
+            drafts = drafter.draft(sequence, -(-left // (len(decoding) - done)))
+            count = 1 + len(drafts)
+            if drafts and self.blocks.can_grow(sequence, sequence.num_computed + count):
+                self.blocks.grow(sequence, sequence.num_computed + count)
+                plan.scheduled[place] = Scheduled(sequence, count, drafts)
+                left -= len(drafts)
 
     def _adapter_ready(self, sequence: Sequence, plan: Plan) -> Verdict:
         """Bring the adapter nearer even when the step is full: loading overlaps with the others' decode."""

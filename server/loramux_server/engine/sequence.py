@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from loramux_server.engine.messages import AdapterRef, FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from loramux_server.engine.drafts import PromptLookup
 
 
 class Matching(Protocol):
@@ -55,6 +58,7 @@ class Sequence:
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt[1:], as far as computed
     digests: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as asked for
     num_cached: int | None = None  # tokens the prefix cache had when it first ran
+    lookup: PromptLookup | None = None  # where its drafts come from, if it ever could have some
     arrived: float = 0.0  # by the engine's clock
     queue_seconds: float | None = None  # until it first ran
 
@@ -97,13 +101,49 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """What a row of logits is for: the next token of `sequence`, if its answer were `output` by then."""
+
+    sequence: Sequence
+    output: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Scheduled:
-    """`count` tokens of `sequence`, from position `sequence.num_computed` on, run in this step."""
+    """`count` tokens of `sequence`, from position `sequence.num_computed` on, run in this step.
+
+    The last of them are `drafts`: not known, but likely to come, behind the one token of a decoding sequence.
+    """
 
     sequence: Sequence
     count: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def num_known(self) -> int:
+        return self.count - len(self.drafts)
+
+    @property
+    def tokens(self) -> list[int]:
+        start = self.sequence.num_computed
+        return self.sequence.tokens(start, start + self.num_known) + self.drafts
 
     @property
     def samples(self) -> bool:
         """True if this reaches the last known token, so that the step yields the next one."""
-        return self.count == self.sequence.num_pending
+        return self.num_known == self.sequence.num_pending
+
+    @property
+    def draws(self) -> list[Draw]:
+        """The tokens that the step yields if all drafts are right: one, and one for each of them."""
+        if not self.samples:
+            return []
+        output = self.sequence.output
+        more = [Draw(self.sequence, output + self.drafts[:n]) for n in range(1, len(self.drafts) + 1)]
+        return [Draw(self.sequence, output), *more]
+
+    def smaller(self) -> Scheduled | None:
+        """Less of it for a step without memory: no drafts, or else the first half; None of one token."""
+        if self.count == 1:
+            return None
+        return Scheduled(self.sequence, self.num_known if self.drafts else self.count // 2)

@@ -59,10 +59,11 @@ def _run_parts(items: list[Scheduled], run: Run, done: Shrunk) -> None:
     logger.warning("not enough memory for a step of %d tokens; trying with less", tokens)
     if len(items) == 1:
         [item] = items
-        if item.count == 1:
+        smaller = item.smaller()
+        if smaller is None:
             done.failed.append(item.sequence)
         else:
-            _run_parts([Scheduled(item.sequence, item.count // 2)], run, done)
+            _run_parts([smaller], run, done)
         return
     middle = _middle(items)
     _run_parts(items[:middle], run, done)

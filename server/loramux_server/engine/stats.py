@@ -36,6 +36,14 @@ class DeviceSlot(msgspec.Struct, array_like=True):
     filling: bool  # being copied, not usable yet
 
 
+class DraftCounts(msgspec.Struct, frozen=True):
+    """Since the start: how often a sequence got drafts, how many those were, and how many of them were right."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
 class EngineStats(msgspec.Struct):
     """State of the engine after a step; gauges of /metrics."""
 
@@ -56,6 +64,7 @@ class EngineStats(msgspec.Struct):
     kv_blocks_cached: int = 0  # not in use, kept for prompts that begin alike
     prefix_cache_queries: int = 0  # tokens looked up since the start
     prefix_cache_hits: int = 0  # tokens found since the start
+    spec_decode: DraftCounts | None = None  # if the engine makes drafts
     step_seconds: float = 0.0  # what this step took
     device_memory_held: int = 0  # bytes of CUDA memory: by the worker's allocator
     device_memory_free: int = 0

@@ -212,6 +212,7 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
         max_cpu_loras=options.max_cpu_loras,
         lora_rows=sizes.lora_rows,
         enable_prefix_caching=options.enable_prefix_caching,
+        speculative_config=options.speculative_config,
     )
     vocab_size, end_tokens = base.config.vocab_size, base.eos_token_ids
     grammars = Grammars(lambda: read_tokenizer(options.model, options.revision, vocab_size, end_tokens))
