@@ -1,6 +1,6 @@
 """Is `loramux plan` right? A short QLoRA training for real, and its memory beside the planned figure.
 
-    python -m loadtests.plan_check [--model demo] [--max-seq-length 512 2048] [--batch-size 1] [--device cpu] [--json FILE]
+    python -m loadtests.plan_check [--model demo] [--max-seq-length 512 2048] [--batch-size 1] [--device cpu] [--save]
 
 Each length runs in a process of its own: the base is loaded, two optimizer steps are taken on rows of exactly that many
 tokens, all of them trained on, and what training added to the loaded base is measured at its highest. On CUDA that is
@@ -11,22 +11,30 @@ planned, measured and their ratio; asserts nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from loadtests import BenchError
 from loadtests.adapters import model_directory
+from loadtests.measured import (
+    answer,
+    console,
+    in_child,
+    options_parser,
+    reset_resident_peak,
+    resident_now,
+    resident_peak_since,
+    run_as_script,
+    save,
+)
+from loadtests.report import usable_cores
 from loramux_adapters.planning.model import read_model
 from loramux_adapters.planning.training import method_memory, training_options
 from loramux_adapters.planning.weights import Device, resident_bytes
@@ -35,7 +43,6 @@ from loramux_adapters.training.recipe import Recipe
 GOAL = 0.1  # planned / measured within 1 +- this
 STEPS = 2  # the first one makes the optimizer's state, the second has it while it computes
 ROWS = 2  # batches of data
-_PLAIN_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Case:
     max_seq_length: int
     batch_size: int
     r: int
+    threads: int = field(default_factory=usable_cores)
 
     def recipe(self) -> Recipe:
         return Recipe.parse(
@@ -86,29 +94,28 @@ class Check:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="demo", help="'demo' or a model directory")
+    parser = options_parser(__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
     parser.add_argument("--max-seq-length", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # a case: what a child process is started with
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(asdict(measure(Case(**json.loads(options.measure))))))
+        answer(measure(Case(**options.measure)))
         return
     model = str(model_directory(options.model))
     checks = [
-        check(Case(model, options.device, options.dtype, length, options.batch_size, options.r))
+        check(
+            Case(model, options.device, options.dtype, length, options.batch_size, options.r, options.threads)
+        )
         for length in options.max_seq_length
     ]
     show(checks)
-    if options.json:
-        options.json.write_text(json.dumps([{**asdict(one), "ratio": one.ratio} for one in checks], indent=2))
+    if options.save:
+        settings = {name: getattr(options, name) for name in ("model", "device", "dtype", "threads")}
+        found = {"checks": [{**asdict(one), "ratio": one.ratio} for one in checks]}
+        print(save("plan", "memory of a QLoRA training, planned and measured", settings, found))
 
 
 def check(case: Case) -> Check:
@@ -126,11 +133,8 @@ def check(case: Case) -> Check:
 
 
 def _measure_in_child(case: Case) -> Measured:
-    command = [sys.executable, "-m", "loadtests.plan_check", "--measure", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"measuring {case.max_seq_length} tokens failed:\n{done.stderr[-2000:]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    what = f"{case.batch_size} x {case.max_seq_length} tokens"
+    return Measured(**in_child("loadtests.plan_check", what, asdict(case), case.threads))
 
 
 def measure(case: Case) -> Measured:
@@ -140,6 +144,7 @@ def measure(case: Case) -> Measured:
 
     from loramux_server.base.loading import LoadOptions, load_base
 
+    torch.set_num_threads(case.threads)
     base = load_base(LoadOptions(model=case.model, name="base", device=case.device, dtype=case.dtype))
     tokenizer = AutoTokenizer.from_pretrained(case.model)
     with tempfile.TemporaryDirectory() as directory:
@@ -175,8 +180,10 @@ def _train(base: Any, tokenizer: Any, recipe: Recipe, data: Path, out: Path) -> 
 
     run = TrainingRun.prepare(base.model, base.geometry, tokenizer, recipe, data, out)
     for event in run.slices():
-        if isinstance(event, StepReport) and event.step == STEPS:
-            return  # before anything is written
+        if isinstance(event, StepReport):
+            print(f"step {event.step} of {STEPS}", flush=True)
+            if event.step == STEPS:
+                return  # before anything is written
 
 
 def _cuda_peak(train: Callable[[], None]) -> int:
@@ -194,6 +201,7 @@ def _allocated_peak(train: Callable[[], None]) -> int:
     """The highest sum of what torch's CPU allocator gave out and had not got back."""
     from torch.profiler import ProfilerActivity, profile
 
+    print("once more, with every allocation recorded", flush=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train()
     inner: Any = profiler.profiler
@@ -217,32 +225,7 @@ def _resident_peak(train: Callable[[], None]) -> int | None:
     return resident_peak_since() - before
 
 
-def reset_resident_peak() -> None:
-    """Forget the highest so far, which loading set. Raises BenchError where there is no Linux."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise BenchError(f"resident memory cannot be measured here: {error}") from error
-
-
-def resident_now() -> int:
-    return _status("VmRSS")
-
-
-def resident_peak_since() -> int:
-    """Since `reset_resident_peak`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise BenchError(f"/proc/self/status has no {field}")
-
-
 def show(checks: Sequence[Check]) -> None:
-    console = Console()
     table = Table(title="QLoRA beside a resident base: planned / measured", title_justify="left")
     for title in (
         "tokens",
@@ -265,9 +248,7 @@ def show(checks: Sequence[Check]) -> None:
             "-" if resident is None else _mb(resident),
             "as planned, to the byte" if exact else f"{one.planned_weights - one.measured.weights:+} bytes",
         )
-    if not console.is_terminal:
-        console.width = _PLAIN_WIDTH
-    console.print(table)
+    console().print(table)
 
 
 def _mb(size: int) -> str:
@@ -275,7 +256,4 @@ def _mb(size: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BenchError as error:
-        sys.exit(f"plan_check: {error}")
+    run_as_script(main, "plan_check")

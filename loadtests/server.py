@@ -74,13 +74,23 @@ class ServerProcess:
 
     def resident_bytes(self) -> int:
         """Of the process and those it started, as Linux counts them."""
+        return sum(int(text.split()[1]) for text in self._read("statm")) * os.sysconf("SC_PAGE_SIZE")
+
+    def cpu_seconds(self) -> float:
+        """What the process and those it started have used of all cores so far, as Linux counts it."""
+        fields = [text.rpartition(")")[2].split() for text in self._read("stat")]  # a name may have spaces
+        return sum(int(user) + int(system) for *_, user, system in (one[:13] for one in fields)) / os.sysconf(
+            "SC_CLK_TCK"
+        )
+
+    def _read(self, name: str) -> list[str]:
+        """A file of /proc, of each process."""
         pid = self._process.pid
         try:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            pages = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in (pid, *children)]
+            return [Path(f"/proc/{one}/{name}").read_text() for one in (pid, *children)]
         except OSError as error:
-            raise BenchError(f"the server's memory cannot be read here: {error}") from error
-        return sum(pages) * os.sysconf("SC_PAGE_SIZE")
+            raise BenchError(f"what the server uses cannot be read here: {error}") from error
 
     def stop(self) -> None:
         self._process.terminate()

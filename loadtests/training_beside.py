@@ -1,9 +1,12 @@
 """The scenario about a fine-tuning job beside streams: what they notice of it, and what it keeps.
 
 Servers of its own, one with the default latency budget and then one with a large one. Streams run alone (the job is paused)
-and beside the job; then requests come one after the other, each with as much pause after it as it takes by itself, so that
-serving needs half of the time, and the job's tokens per second are held against those while nobody asks. Answers beside
-the job are held against the reference and against those without it. Asserts nothing.
+and beside the job; then one request begins every two times as long as one takes by itself (later, if the one before is not
+answered yet), so that serving needs half of the time, and the job's tokens per second are held against those while nobody
+asks. What training can keep is what serving leaves: the same half load is also served while the job is paused, and the CPU
+time that this takes is held against what training takes while nobody asks. Where training keeps more than is left, serving
+has lost it, which shows in the share of half load that is served. Answers beside the job are held against the reference
+and against those without it. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 from loadtests import BenchError
@@ -34,17 +38,32 @@ if TYPE_CHECKING:
 _BUDGETS_MS = {names.DEFAULT_BUDGET: None, names.LARGE_BUDGET: 100}
 _ROWS, _ROW_WORDS, _BATCH = 64, 60, 2
 _STEPS = 4  # that a rate is read off
+_HALF_LOADS = 6  # requests that the CPU time of half load is read off
 _LONGEST_S = 600.0
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Of training: tokens a second, and the share of the time in which it computed."""
+
+    rate: float
+    share: float
+
+
 @dataclass
-class _Found:
-    """By kind of load: p99 gaps in milliseconds, tokens trained a second; and the answers, of one load each."""
+class Found:
+    """By kind of load: p99 gaps in milliseconds, paces, and the answers, of one load each.
+
+    `taken` is serving's CPU time at half load over that of training while nobody asks, `served` the share of half load's
+    requests that were answered beside the job; a value a round.
+    """
 
     gaps: dict[str, list[float]] = field(default_factory=dict)
-    rates: dict[str, list[float]] = field(default_factory=dict)
+    paces: dict[str, list[Pace]] = field(default_factory=dict)
+    taken: list[float] = field(default_factory=list)
+    served: list[float] = field(default_factory=list)
     answers: dict[str, Load] = field(default_factory=dict)
     repeats: tuple[int, int] = (0, 0)
 
@@ -58,13 +77,13 @@ def training_beside(bench: Bench, scenario: Scenario) -> Result:
         directory = bench.directory / f"{scenario.name}-{budget}"
         model, threads = bench.options.model, bench.options.threads
         with ServerProcess(model, directory, threads=threads, arguments=arguments) as server:
-            found = _measure(bench, server.wait_ready()[0], requests)
+            found = _measure(bench, server, requests)
         figures += _figures(bench, scenario, kind, requests, found)
     return Result(scenario, settings_of(bench, scenario), figures)
 
 
 def _figures(
-    bench: Bench, scenario: Scenario, kind: str, requests: list[Request], found: _Found
+    bench: Bench, scenario: Scenario, kind: str, requests: list[Request], found: Found
 ) -> list[Figure]:
     answers = {what: answers_of(bench, requests, load) for what, load in found.answers.items()}
     parities = held_against_reference(bench, scenario, {}, answers, {names.BESIDE_JOB: found.repeats})
@@ -72,7 +91,16 @@ def _figures(
     same = sum(a.text == b.text for a, b in zip(alone, beside, strict=True))
     note = f"{same} of {len(requests)} answers are those without the job"
     return [
-        *(Figure(f"{kind}: trained {what}", "tok/s", values) for what, values in found.rates.items()),
+        *(
+            Figure(
+                f"{kind}: trained {what}",
+                "tok/s",
+                [pace.rate for pace in paces],
+                f"training had {fmean(pace.share for pace in paces):.0%} of the time",
+            )
+            for what, paces in found.paces.items()
+        ),
+        *arithmetic(kind, found),
         Figure(f"{kind}: p99 gap alone", "ms", found.gaps[names.ALONE], parity=parities[names.ALONE]),
         Figure(
             f"{kind}: p99 gap beside",
@@ -84,38 +112,80 @@ def _figures(
     ]
 
 
-def _measure(bench: Bench, url: str, requests: list[Request]) -> _Found:
-    base, found = base_name(url, []), _Found()
+def arithmetic(kind: str, found: Found) -> list[Figure]:
+    """What serving takes at half load, what that leaves, and what training made of it."""
+    idle, half = found.paces[names.IDLE], found.paces[names.HALF_LOAD]
+    return [
+        Figure(
+            f"{kind}: serving takes {names.HALF_LOAD}",
+            "%",
+            [100 * taken for taken in found.taken],
+            "CPU time, the job paused; 100 is what training takes while idle",
+        ),
+        Figure(f"{kind}: left to training", "%", [100 * (1 - taken) for taken in found.taken]),
+        Figure(
+            f"{kind}: kept by training",
+            "%",
+            [100 * b.rate / a.rate for a, b in zip(idle, half, strict=True)],
+            f"tok/s {names.HALF_LOAD}; 100 is {names.IDLE}",
+        ),
+        Figure(f"{kind}: half load served", "%", [100 * share for share in found.served], "beside the job"),
+    ]
+
+
+def _measure(bench: Bench, server: ServerProcess, requests: list[Request]) -> Found:
+    url = server.wait_ready()[0]
+    base, found = base_name(url, []), Found()
     run_load(url, base, requests)  # the first one pays for what is made once
     with _job(bench, url, base) as job:
         found.answers[names.ALONE] = job.paused(lambda: run_load(url, base, requests, token_names=True))
         found.answers[names.BESIDE_JOB] = run_load(url, base, requests, token_names=True)
         for _ in range(bench.options.rounds):
-            _round(job, url, base, requests, found)
+            _round(job, server, (url, base), requests, found)
     return found
 
 
-def _round(job: _Job, url: str, base: str, requests: list[Request], found: _Found) -> None:
+def _round(
+    job: _Job, server: ServerProcess, where: tuple[str, str], requests: list[Request], found: Found
+) -> None:
+    url, base = where
     alone = job.paused(lambda: run_load(url, base, requests))
     one = job.paused(lambda: run_load(url, base, requests[:1])).seconds
     found.gaps.setdefault(names.ALONE, []).append(1e3 * p99_gap(alone))
     loads: list[Load] = []
-    turns = itertools.cycle(requests)
+    turns, answered = itertools.cycle(requests), itertools.count()
 
     def at_half_load() -> None:
+        began = time.perf_counter()
         run_load(url, base, [next(turns)])
-        time.sleep(one)
+        next(answered)
+        time.sleep(max(0.0, began + 2 * one - time.perf_counter()))
 
+    serving = job.paused(lambda: _cores(server, lambda: [at_half_load() for _ in range(_HALF_LOADS)]))
     asking: dict[str, Callable[[], object]] = {
         names.IDLE: lambda: time.sleep(0.1),
         names.HALF_LOAD: at_half_load,
         names.BESIDE_JOB: lambda: loads.append(run_load(url, base, requests)),
     }
     for kind, ask in asking.items():
-        found.rates.setdefault(kind, []).append(job.rate(ask))
+        before, began = next(answered), time.perf_counter()
+        paces = found.paces.setdefault(kind, [])
+        cores = _cores(server, lambda paces=paces, ask=ask: paces.append(job.pace(ask)))
+        if kind == names.IDLE:
+            found.taken.append(serving / cores)
+        elif kind == names.HALF_LOAD:
+            wanted = (time.perf_counter() - began) / (2 * one)
+            found.served.append((next(answered) - before - 1) / wanted)
     gaps = Load([stream for load in loads for stream in load.streams], 0)
     found.gaps.setdefault(names.BESIDE_JOB, []).append(1e3 * p99_gap(gaps))
     found.repeats = repeats(found.repeats, loads[0], found.answers[names.BESIDE_JOB])
+
+
+def _cores(server: ServerProcess, work: Callable[[], object]) -> float:
+    """So many the server uses while this goes on."""
+    cpu, began = server.cpu_seconds(), time.perf_counter()
+    work()
+    return (server.cpu_seconds() - cpu) / (time.perf_counter() - began)
 
 
 # --- the job --------------------------------------------------------------------------------------------------------
@@ -127,7 +197,7 @@ class _Job:
     def __init__(self, client: JobsClient, job_id: str) -> None:
         self.id = job_id
         self._client = client
-        self._steps: list[tuple[float, int]] = []  # when, and its tokens
+        self._steps: list[tuple[float, int, float]] = []  # when, its tokens, seconds it computed
         self._stops = 0
         self._ended = ""
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -137,8 +207,9 @@ class _Job:
     def _watch(self) -> None:
         try:
             for event in self._client.events(self.id):
-                if event["type"] == "metrics" and "tokens" in event["data"]:
-                    self._steps.append((time.perf_counter(), event["data"]["tokens"]))
+                data = event["data"]
+                if event["type"] == "metrics" and "tokens" in data:
+                    self._steps.append((time.perf_counter(), data["tokens"], data["seconds"]))
                 self._stops += event["message"].startswith("Stopped after step")
         except LoramuxError as error:
             self._ended = error.message
@@ -159,8 +230,8 @@ class _Job:
             self._client.change(self.id, "resume")
             self.wait_for(1)
 
-    def rate(self, ask: Callable[[], object]) -> float:
-        """Tokens a second while `ask` is called over and over, from the end of a step to the end of a later one."""
+    def pace(self, ask: Callable[[], object]) -> Pace:
+        """While `ask` is called over and over, from the end of a step to the end of a later one."""
         stop = threading.Event()
         failures: list[BenchError] = []
 
@@ -183,7 +254,9 @@ class _Job:
         if failures:
             raise failures[0]
         taken = self._steps[first - 1 : first + _STEPS]
-        return sum(tokens for _, tokens in taken[1:]) / (taken[-1][0] - taken[0][0])
+        wall = taken[-1][0] - taken[0][0]
+        tokens, computed = (sum(step[part] for step in taken[1:]) for part in (1, 2))
+        return Pace(tokens / wall, computed / wall)
 
     def cancel(self) -> None:
         self._client.change(self.id, "cancel")

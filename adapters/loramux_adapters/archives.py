@@ -1,7 +1,8 @@
 """Reads an adapter's two files out of a .zip, .tar, .tar.gz or .tar.zst that a stranger made.
 
 Nothing is "extracted": members are listed, every name that does not belong is a fault, and the two files are
-copied by streaming into a directory the caller made, each up to its limit. Links, devices, folders beside one
+copied by streaming into a directory the caller made, each up to its limit. A README and what the trainer wrote may lie
+beside them, and are passed over. Links, devices, folders beside one
 common top folder, paths that climb, repeated names, encryption and bombs are refused. What the files hold is
 the gate's question. No torch.
 """
@@ -24,10 +25,13 @@ from loramux_adapters.adapter_files import ADAPTER_FILES, PICKLE_ADVICE, PICKLE_
 from loramux_adapters.config_fields import shown
 from loramux_adapters.errors import Fault, InvalidAdapter
 from loramux_adapters.files import CHUNK, Readable, copy_bounded, open_regular
+from loramux_adapters.training.layout import MANIFEST_FILE
 
 README = "README.md"
 MAX_MEMBERS = 16
 MAX_README_BYTES = 1024 * 1024
+MAX_BESIDE = {README: MAX_README_BYTES, MANIFEST_FILE: 8 * MAX_README_BYTES}  # a loss curve may be long
+MAX_BESIDE_BYTES = sum(MAX_BESIDE.values())
 MAX_PAX_BYTES = 64 * 1024
 BLOCK = 512  # of a tar
 MAX_ZSTD_WINDOW = 2**27
@@ -130,7 +134,7 @@ class _Unpacker:
     def _file_problem(self, parts: list[str]) -> str:
         *folders, base = parts
         top = "/".join(folders)
-        if base not in (*ADAPTER_FILES, README):
+        if base not in (*ADAPTER_FILES, *MAX_BESIDE):
             advice = (
                 PICKLE_ADVICE
                 if base.endswith(PICKLE_SUFFIXES)
@@ -196,7 +200,7 @@ class _Budget:
         self._stream = stream
         self._unpacker = unpacker
         limits = unpacker.limits
-        self._left = limits.max_file_bytes + limits.max_config_bytes + MAX_README_BYTES + CHUNK
+        self._left = limits.max_file_bytes + limits.max_config_bytes + MAX_BESIDE_BYTES + CHUNK
 
     def read(self, size: int, /) -> bytes:
         data = self._stream.read(size)
@@ -249,7 +253,8 @@ def _unpack_tar(stream: _Budget, unpacker: _Unpacker) -> None:
     for member in _tar_headers(stream, unpacker):
         content = _TarMember(stream, member.size)
         name = unpacker.wanted(member.name, _TAR_MODES.get(member.type, stat.S_IFCHR))
-        if member.size > (unpacker.limits.max_bytes(name) if name else MAX_README_BYTES):
+        beside = MAX_BESIDE.get(member.name.rpartition("/")[2], MAX_README_BYTES)
+        if member.size > (unpacker.limits.max_bytes(name) if name else beside):
             unpacker.refuse(shown(member.name), f"{member.size} bytes are more than allowed")
         if name is not None:
             unpacker.write(name, content)

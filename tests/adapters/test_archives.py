@@ -81,11 +81,15 @@ COMPRESSED = {name: FORMATS[name] for name in ("tar", "tar.gz", "tar.zst", "zip"
 
 @pytest.mark.parametrize("pack", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("prefix", ["", "./", "my-adapter/", "./my-adapter/"])
-@pytest.mark.parametrize("readme", [{}, {"README.md": b"# about"}], ids=["plain", "readme"])
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"README.md": b"# about", "training_manifest.json": bytes(2**20 + 1)}],
+    ids=["plain", "beside"],
+)
 def test_good_archives(
-    pack: Callable[[dict[str, bytes]], bytes], prefix: str, readme: dict[str, bytes], tmp_path: Path
+    pack: Callable[[dict[str, bytes]], bytes], prefix: str, beside: dict[str, bytes], tmp_path: Path
 ) -> None:
-    members = {prefix + name: data for name, data in (readme | GOOD).items()}
+    members = {prefix + name: data for name, data in (beside | GOOD).items()}
     assert unpacked(pack(members), tmp_path) == GOOD
 
 
@@ -196,7 +200,7 @@ def test_a_bomb_ends_early(pack: Callable[[dict[str, bytes]], bytes], tmp_path: 
 
 
 def test_many_members_share_one_budget(tmp_path: Path) -> None:
-    members = GOOD | {f"extra-{index}": bytes(900_000) for index in range(3)}
+    members = GOOD | {f"extra-{index}": bytes(900_000) for index in range(13)}
     assert "archive: unpacks to more than an adapter may have" in str(
         refusal(gzip.compress(tar(members), 1), tmp_path)
     )

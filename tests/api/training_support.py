@@ -49,6 +49,7 @@ from tests.api.catalog_support import PROBE, TinyEngine
 PATIENCE_S = 20
 STEPS = 4
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+RECIPE = {"n_epochs": 1, "batch_size": 1, "r": 4, "target_modules": ["q_proj", "v_proj"], "seed": 42}
 ROWS = (json.dumps(CHAT) + "\n").encode() * 3
 
 
@@ -96,13 +97,12 @@ class TrainingEngine(TinyEngine):
 
     async def _train(self, command: StartTraining) -> AsyncGenerator[TrainingEvent, None]:
         out, job = Path(command.out), command.id
-        recipe = {"n_epochs": 1, "batch_size": 1, "r": 4, "target_modules": ["q_proj", "v_proj"], "seed": 42}
         total = command.recipe.get("max_steps", STEPS)
         step = max(
             (int(path.name.removeprefix("step-")) for path in (out / CHECKPOINTS).glob("step-*")), default=0
         )
         plan = {
-            "recipe": recipe | {"total_steps": total},
+            "recipe": RECIPE | {"total_steps": total},
             "auto": {"n_epochs": "3 rows"},
             "data": {"rows": 3},
             "trainable_parameters": 1234,
@@ -132,7 +132,7 @@ class TrainingEngine(TinyEngine):
                     yield TrainingEval(job, step, 2.5 / step, 0.4)
                 yield self._save(command, step)
         yield TrainingDiagnosis(job, step, "loss_not_moving", "learning_rate", "the loss does not move")
-        self._finish(command, recipe, total)
+        self._finish(command, total)
         yield TrainingEnded(job, "finished", step)
 
     async def _may_go_on(self) -> bool:
@@ -151,28 +151,39 @@ class TrainingEngine(TinyEngine):
         path.mkdir(parents=True, exist_ok=True)
         assert self.geometry is not None
         weights_at(step, self.geometry).write(path)
-        identity = {"base": self.geometry.identity, "data": "d1ge57", "initial": None, "recipe": {"r": 4}}
-        state = {"format": 1, "step": step, "identity": identity, "history": self._curve(step)}
+        state = {
+            "format": 1,
+            "step": step,
+            "provenance": self._provenance(command),
+            "history": self._curve(step),
+        }
         (path / STATE_FILE).write_text(json.dumps(state))
         return TrainingCheckpoint(command.id, step, str(path))
 
-    def _finish(self, command: StartTraining, recipe: dict[str, Any], step: int) -> None:
+    def _finish(self, command: StartTraining, step: int) -> None:
         assert self.geometry is not None
         out = Path(command.out)
         out.mkdir(exist_ok=True)
-        manifest = {
-            "base": {"name": self.geometry.name, "identity": self.geometry.identity},
-            "recipe": recipe,
-            "data": {
-                "file": Path(command.training_file).name,
-                "sha256": "5ha",
-                "digest": "d1ge57",
-                "warnings": [],
-            },
-            "loss_curve": self._curve(step),
-        }
+        manifest = {"format": 1, **self._provenance(command), "loss_curve": self._curve(step)}
         (out / MANIFEST_FILE).write_text(json.dumps(manifest))
         weights_at(step, self.geometry).write(out)
+
+    def _provenance(self, command: StartTraining) -> dict[str, Any]:
+        assert self.geometry is not None
+        data = {
+            "file": Path(command.training_file).name,
+            "sha256": "5ha",
+            "digest": "d1ge57",
+            "warnings": ["one"],
+        }
+        valid = command.validation_file
+        return {
+            "base": {"name": self.geometry.name, "identity": self.geometry.identity},
+            "recipe": RECIPE,
+            "data": data,
+            "validation": None if valid is None else {"file": Path(valid).name, "sha256": "5hav"},
+            "versions": {"loramux": "9.9"},
+        }
 
     def _curve(self, step: int) -> list[dict[str, float]]:
         return [{"step": n, "train_loss": 2.0 / n} for n in range(1, step + 1)]

@@ -4,36 +4,77 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from loadtests import bench, quality_bench, train_bench
+from loadtests import BenchError, bench, measured, quality_bench, train_bench
+from loadtests import scenarios as names
 from loadtests.adapters import model_directory
 from loadtests.quality_bench import METHODS, Score, Trained
+from loadtests.server import ServerProcess
+from loadtests.train_contestants import CONTESTANTS, OURS, PEER, TRL, Case, Run, taking_part
+from loadtests.training_beside import Found, Pace, arithmetic
 from tests.adapters.training.support import byte_tokenizer
 
 
 @pytest.fixture
 def model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
-    """One with a tokenizer."""
+    """One with a tokenizer that has a name for each of its tokens, so that every answer can be read."""
     directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
-    byte_tokenizer().save_pretrained(directory)
+    tokenizer = byte_tokenizer()
+    size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<{token}>" for token in range(len(tokenizer), size)])
+    tokenizer.save_pretrained(directory)
     return directory
 
 
 @pytest.mark.filterwarnings("ignore")  # of the peer's libraries, about each other
 def test_the_loss_curve_beside_hugging_face_and_peft(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = train_bench.Case(str(model), tokens=64, steps=3, threads=torch.get_num_threads())
-    runs = {name: contestant(case) for name, contestant in train_bench.CONTESTANTS.items()}
+    """And trl's trainer, where it is installed."""
+    case = Case(str(model), tokens=64, steps=3, threads=torch.get_num_threads())
+    runs = {name: CONTESTANTS[name](case) for name in taking_part()}
+    capsys.readouterr()
     found = train_bench.compared(case, runs)
-    assert found["parity"], found
-    assert found["tok/s"] > 0
-    assert runs[train_bench.OURS].losses[0] != runs[train_bench.OURS].losses[-1]
+    for name, beside in found["beside"].items():
+        assert beside["parity"], (name, found)
+        assert beside["tok/s"] > 0
+    assert runs[OURS].losses[0] != runs[OURS].losses[-1]
     train_bench.show([found])
-    assert "loss curve as the peer's" in capsys.readouterr().out
+    assert f"over {PEER}:" in capsys.readouterr().out
+
+
+def test_the_goals_are_about_the_loop_and_each_peer_has_its_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {
+        OURS: Run([2.0, 1.0], 300, 60, 160),
+        PEER: Run([2.0, 1.03], 90, 100, 200),
+        TRL: Run([2.0, 1.0], 50, 120, 220),
+    }
+    found = train_bench.compared(Case("m", 8, 2, 1), runs)
+    assert [goal["met"] for goal in train_bench.goals(found)] == [True, True]
+    train_bench.show([found])
+    said = capsys.readouterr().out
+    assert (
+        f"8 tokens, over {PEER}: 3.33x tok/s, 0.60x memory beside the model; loss curve WRONG, 2.91% apart"
+        in said
+    )
+    assert (
+        f"8 tokens, over {TRL}: 6.00x tok/s, 0.50x memory beside the model; loss curve as the peer's" in said
+    )
+
+
+def test_what_a_child_says_is_shown_and_its_end_is_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    assert measured.in_child("tests.loadtests.child", "a child", {"n": 3}, threads=1) == {
+        "n": 4,
+        "threads": "1",
+    }
+    assert "s  a child: half way\n" in capsys.readouterr().err
+    with pytest.raises(BenchError, match=r"(?s)a child failed:.*half way.*no such number"):
+        measured.in_child("tests.loadtests.child", "a child", {"n": 0}, threads=1)
 
 
 @pytest.mark.e2e
@@ -57,6 +98,30 @@ def test_a_qlora_learns_a_task_as_well_as_a_lora(capsys: pytest.CaptureFixture[s
     assert abs(qlora - lora) < 0.1 * min(run.base.loss for run in runs.values())
     quality_bench.show({"sentiment": runs})
     assert "sentiment: QLoRA's loss is" in capsys.readouterr().out
+
+
+def test_the_arithmetic_of_half_load_is_of_each_round() -> None:
+    paces = {names.IDLE: [Pace(200, 1.0), Pace(100, 1.0)], names.HALF_LOAD: [Pace(90, 0.5), Pace(40, 0.3)]}
+    figures = arithmetic("budget", Found(paces=paces, taken=[0.5, 0.7], served=[1.0, 0.9]))
+    assert [(figure.name, figure.unit) for figure in figures] == [
+        ("budget: serving takes at half load", "%"),
+        ("budget: left to training", "%"),
+        ("budget: kept by training", "%"),
+        ("budget: half load served", "%"),
+    ]
+    assert [figure.values for figure in figures] == [[50, 70], pytest.approx([50, 30]), [45, 40], [100, 90]]
+
+
+def test_the_cpu_time_of_a_server_is_what_its_processes_used() -> None:
+    server = ServerProcess.__new__(ServerProcess)
+    command = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server._process:
+        assert server._process.stdout is not None
+        server._process.stdout.readline()
+        assert 0.25 < server.cpu_seconds() < 1
+        server._process.terminate()
 
 
 def test_the_goal_of_quality_is_over_all_tasks() -> None:

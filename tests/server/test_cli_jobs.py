@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loramux_adapters.spec import BaseGeometry
 from loramux_server import cli
+from loramux_server.cli_jobs import _Display
 from tests.adapters.conftest import tiny_geometry
 from tests.api.conftest import CHATML, byte_level_tokenizer
 from tests.api.training_support import ROWS, STEPS, TrainingStand, serving
@@ -100,6 +101,23 @@ def test_from_create_to_the_model(jobs: Run, stand: TrainingStand, data: Path) -
         len([event for event in events if event["type"] == "metrics" and "train_loss" in event["data"]])
         == STEPS
     )
+
+
+def test_on_a_terminal_the_loss_stays_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with _Display() as display:
+        display.show({"level": "warn", "created_at": 0, "message": "1 row was cut", "data": {}})
+        for step in (1, 2):
+            data = {"step": step, "total_steps": 9, "train_loss": 3.0 / step, "learning_rate": 1e-3}
+            display.show({"level": "info", "created_at": 0, "data": data | {"tokens_per_second": 60}})
+    said = capsys.readouterr().out
+    assert "warn: 1 row was cut" in said
+    assert "2/9" in said
+    assert "loss 1.500 lr 1.0e-03 60 tok/s" in said
+    assert "step 2/9" not in said, "no line of its own"
 
 
 def test_pause_resume_and_cancel(jobs: Run, stand: TrainingStand, data: Path) -> None:

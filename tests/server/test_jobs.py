@@ -38,10 +38,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_level_tokenizer(chat_template=CHATML)
 
 
+def copied(source: Path, target: Path) -> bool:
+    """False if something vanished meanwhile: such a copy is not of one moment."""
+    try:
+        shutil.copytree(source, target)
+    except (shutil.Error, FileNotFoundError):
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True
+
+
 async def kill(stand: TrainingStand, tmp_path: Path) -> None:
     """What is on the disk at this moment is what the next server finds; the killed one writes elsewhere from now on."""
     left = tmp_path / "left"
-    await asyncio.to_thread(shutil.copytree, stand.root / "data", left)
+    for _ in range(5):
+        if await asyncio.to_thread(copied, stand.root / "data", left):
+            break
+    else:
+        pytest.fail("the data directory never held still for a copy")
     await stand.close(grace=0)
     shutil.rmtree(stand.root / "data")
     left.rename(stand.root / "data")
@@ -417,9 +431,10 @@ def test_names_are_ones_that_adapters_may_have(base: str, suffix: str | None, be
 def test_long_curves_and_lists_fit_into_metadata() -> None:
     curve = [{"step": n, "train_loss": 0.123456789, "grad_norm": 1.0} for n in range(1, 10_001)]
     recipe = {"r": 4, "target_modules": [f"model.layers.{n}.self_attn.q_proj" for n in range(500)]}
-    facts = publication._facts("ftjob-1", 10_000, {}, recipe, {"warnings": ["long"]}, curve)
+    said = {"base": {}, "recipe": recipe, "asked": recipe, "data": {"warnings": ["long"]}, "format": 1}
+    facts = publication._facts("ftjob-1", 10_000, said, curve)
     short = publication._short(facts)["training"]
     assert len(short["loss_curve"]) <= publication.CURVE_POINTS
     assert short["loss_curve"][-1] == {"step": 10_000, "train_loss": 0.123456789}
-    assert (short["recipe"], short["data"]) == ({"r": 4}, {})
+    assert (short["recipe"], short["data"], "asked" in short) == ({"r": 4}, {}, False)
     assert len(facts["loss_curve"]) == 10_000

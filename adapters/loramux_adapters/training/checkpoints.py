@@ -1,10 +1,10 @@
 """Step checkpoints: everything a run needs to go on as if it had never stopped, and an adapter besides.
 
 `step-200/` holds PEFT's two files (so it can be served while training goes on), `optimizer.safetensors`, and
-`trainer_state.json`: step, recipe, hashes of data and base, loss curve, sha256 of the files. The random numbers of a run
-and the order of its samples are functions of seed and step, so these two are their whole state. Promises: a directory
-of that name is complete and durable, or was damaged later, which is noticed. The optimizer's state, three quarters of the
-bytes, is kept for the last two checkpoints only.
+`trainer_state.json`: step, recipe, hashes of data and base, loss curve, provenance, sha256 of the files. The random
+numbers of a run and the order of its samples are functions of seed and step, so these two are their whole state. Promises:
+a directory of that name is complete and durable, or was damaged later, which is noticed. The optimizer's state, three
+quarters of the bytes, is kept for the last two checkpoints only.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step}"
 
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write beside, then rename; durable on return. Raises StorageError."""
+    def save(self, snapshot: Snapshot, provenance: Mapping[str, Any]) -> Path:
+        """Write beside, then rename; durable on return. `provenance` is for people. Raises StorageError."""
         target = self.path(snapshot.step)
         partial = self.directory / f".{target.name}.partial"
         try:
@@ -83,6 +83,7 @@ class Checkpoints:
                 "identity": snapshot.identity,
                 "optimizer": snapshot.optimizer_numbers,
                 "history": list(snapshot.history),
+                "provenance": provenance,
                 "sha256": {
                     name: _sha256(partial / name) for name in (CONFIG_FILE, WEIGHTS_FILE, OPTIMIZER_FILE)
                 },

@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -195,6 +196,15 @@ def _check_possible(recipe: Recipe, base: TrainingBase, validated: bool) -> None
         raise TrainingError("eval_steps needs a validation file", param="eval_steps")
 
 
+def _chosen(recipe: Recipe, why: dict[str, str], name: str, value: Any, reason: str) -> Any:
+    """What was given, or else `value`; then `why` has the reason."""
+    given = getattr(recipe, name)
+    if given != "auto":
+        return given
+    why[name] = reason
+    return value
+
+
 def resolve(
     recipe: Recipe, base: TrainingBase, units: int, *, validated: bool = False
 ) -> tuple[ResolvedRecipe, dict[str, str]]:
@@ -204,14 +214,7 @@ def resolve(
     """
     _check_possible(recipe, base, validated)
     why: dict[str, str] = {}
-
-    def auto(name: str, value: Any, reason: str) -> Any:
-        given = getattr(recipe, name)
-        if given != "auto":
-            return given
-        why[name] = reason
-        return value
-
+    auto = partial(_chosen, recipe, why)
     epochs = min(4, math.ceil(SAMPLES_WANTED / units))
     n_epochs = auto("n_epochs", epochs, f"{units} rows, about {SAMPLES_WANTED} wanted, 4 epochs at most")
     per_step = n_epochs * units / STEPS_WANTED / recipe.gradient_accumulation_steps
@@ -226,6 +229,8 @@ def resolve(
     targets = auto("target_modules", "all-linear", "adapters of attention alone learn less")
     rate = auto("learning_rate", _auto_rate(base.hidden_size), f"from the base's width {base.hidden_size}")
     multiplier = auto("learning_rate_multiplier", 1.0, "the learning rate as it is")
+    length = sequence_length(recipe, base)
+    shorter = f"{LONGEST_AUTO}, or the base's context of {base.context_length} if it is shorter"
     eval_steps = auto("eval_steps", max(1, total // 10), "ten times a run") if validated else 0
     resolved = ResolvedRecipe(
         n_epochs=n_epochs,
@@ -240,7 +245,7 @@ def resolve(
         warmup_ratio=recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        max_seq_length=sequence_length(recipe, base),
+        max_seq_length=auto("max_seq_length", length, shorter),
         packing=recipe.packing,
         optimizer=recipe.optimizer,
         max_grad_norm=recipe.max_grad_norm,
@@ -251,11 +256,6 @@ def resolve(
         train_on_inputs=recipe.train_on_inputs,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-    )
-    auto(
-        "max_seq_length",
-        None,
-        f"{LONGEST_AUTO}, or the base's context of {base.context_length} if it is shorter",
     )
     return resolved, why
 

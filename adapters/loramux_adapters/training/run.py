@@ -34,7 +34,7 @@ from loramux_adapters.training.inputs import TrainingInputs, read_inputs
 from loramux_adapters.training.layerwise import LayerStack
 from loramux_adapters.training.layout import CHECKPOINTS, MANIFEST_FILE
 from loramux_adapters.training.lora import TrainedAdapter
-from loramux_adapters.training.manifest import manifest_of
+from loramux_adapters.training.manifest import manifest_of, provenance_of
 from loramux_adapters.training.memory import check_memory, free_memory
 from loramux_adapters.training.optimizers import restore_state, state_of
 from loramux_adapters.training.recipe import Recipe, TrainingBase
@@ -90,10 +90,7 @@ class TrainingRun:
         self.out = out
         self.adapter = adapter
         self.saved_step = 0  # of the latest checkpoint
-        self._inputs = inputs
-        self._geometry = geometry
         self._checkpoints = Checkpoints(out / CHECKPOINTS)
-        self._dtype, self._device = str(stack.dtype).removeprefix("torch."), str(stack.device)
         recipe = self.recipe
         batches = Batches(inputs.units, recipe.batch_size, recipe.gradient_accumulation_steps, recipe.seed)
         self._trainer = Trainer(stack, self.adapter, recipe, self.data.samples, batches)
@@ -103,6 +100,10 @@ class TrainingRun:
             "initial": None if initial is None else initial.generation,
             "recipe": recipe.to_json(),
         }
+        dtype, device = str(stack.dtype).removeprefix("torch."), str(stack.device)
+        self._provenance = provenance_of(
+            inputs, geometry, initial, dtype=dtype, device=device, parameters=self.trainable_parameters
+        )
 
     @classmethod
     def prepare(
@@ -220,7 +221,7 @@ class TrainingRun:
     def saving(self, writer: Executor | None) -> Generator[Future[Any], None, CheckpointReport]:
         """`save`, with the files left to the writer."""
         snapshot = self._snapshot()
-        path = yield from elsewhere(writer, lambda: self._checkpoints.save(snapshot))
+        path = yield from elsewhere(writer, lambda: self._checkpoints.save(snapshot, self._provenance))
         self.saved_step = snapshot.step
         return CheckpointReport(snapshot.step, path)
 
@@ -271,15 +272,7 @@ class TrainingRun:
         self.history = [dict(entry) for entry in snapshot.history]
 
     def _finish(self, weights: LoraWeights) -> TrainingResult:
-        manifest = manifest_of(
-            self._inputs,
-            self._geometry,
-            weights,
-            self.history,
-            dtype=self._dtype,
-            device=self._device,
-            parameters=self.trainable_parameters,
-        )
+        manifest = manifest_of(self._provenance, weights, self.history)
         publish(self.out, weights, MANIFEST_FILE, manifest)
         return TrainingResult(self.out, weights, manifest)
 

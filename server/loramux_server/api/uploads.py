@@ -22,7 +22,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from loramux_adapters.adapter_files import ADAPTER_FILES, GateLimits
-from loramux_adapters.archives import MAX_README_BYTES
+from loramux_adapters.archives import MAX_BESIDE_BYTES
 from loramux_adapters.errors import RequestError
 from loramux_adapters.files import storage_error
 from loramux_adapters.sources import new_staging_directory
@@ -75,7 +75,7 @@ def receive_upload(
     request: Request, staging: Path, limits: GateLimits, *, idle_s: float = IDLE_S
 ) -> AbstractAsyncContextManager[Upload]:
     """Read an adapter."""
-    archive = limits.max_file_bytes + limits.max_config_bytes + MAX_README_BYTES
+    archive = limits.max_file_bytes + limits.max_config_bytes + MAX_BESIDE_BYTES
     files = {name: limits.max_bytes(name) for name in ADAPTER_FILES} | {ARCHIVE: archive}
     return receive_form(request, staging, Form(files, FIELDS, max_body_bytes(limits)), idle_s=idle_s)
 
@@ -113,7 +113,7 @@ async def receive_form(
 
 def max_body_bytes(limits: GateLimits) -> int:
     """No upload that could be accepted is longer."""
-    files = limits.max_file_bytes + limits.max_config_bytes + MAX_README_BYTES
+    files = limits.max_file_bytes + limits.max_config_bytes + MAX_BESIDE_BYTES
     return files + len(FIELDS) * MAX_FIELD_BYTES + MAX_FRAMING_BYTES
 
 

@@ -1,7 +1,8 @@
 """An export job and its folder: what of it outlives the server.
 
     <root>/<id>/job.json             the record, replaced as a whole and durable before a change is answered
-    <root>/<id>/adapters/<name>/     the merged generations' files, kept here by hard links
+    <root>/<id>/adapters/<name>/     the merged generations' files, kept here by hard links, and of those trained here the
+                                     trainer's manifest
     <root>/<id>/merged.partial/      what the export has written so far; it can be resumed
     <root>/<id>/merged/              a finished export
     <root>/<id>/merge_report.json    the report of one that could not be proven, whose weights are gone
@@ -28,8 +29,9 @@ import msgspec
 
 from loramux_adapters.adapter_files import ADAPTER_FILES
 from loramux_adapters.errors import StorageError
-from loramux_adapters.files import fsync_directory, link_or_copy, replace_file, storage_error
+from loramux_adapters.files import fsync_directory, link_or_copy, replace_file, storage_error, write_file
 from loramux_adapters.set_aside import MARK, set_aside
+from loramux_adapters.training.layout import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +123,20 @@ class JobFolder:
         """The directory of the job's adapter; its name is what the model card calls the adapter."""
         return self.path / "adapters" / str(index) / re.sub(r"[^A-Za-z0-9._-]", "-", adapter.name)
 
-    def keep(self, index: int, adapter: MergedAdapter, generation: Path) -> None:
-        """Take the files of a generation into the job, so that they stay whatever happens to it."""
+    def keep(
+        self, index: int, adapter: MergedAdapter, generation: Path, trained: bytes | None = None
+    ) -> None:
+        """Take the files of a generation into the job, so that they stay whatever happens to it.
+
+        `trained` is what the trainer's manifest says; the report of the export names the data from it.
+        """
         directory = self.adapter(index, adapter)
         try:
             directory.mkdir(parents=True)
             for name in ADAPTER_FILES:
                 link_or_copy(generation / name, directory / name)
+            if trained is not None:
+                write_file(directory / MANIFEST_FILE, [trained])
         except OSError as error:
             raise storage_error("the adapter cannot be kept for the export", error) from error
 

@@ -28,6 +28,7 @@ from loramux_adapters.errors import (
     UnknownExport,
 )
 from loramux_adapters.registry import AdapterRegistry
+from loramux_adapters.training.layout import published_manifest
 from loramux_server.exports.base import ExportBase
 from loramux_server.exports.jobs import (
     ExportJob,
@@ -59,6 +60,7 @@ class ExportManager:
         self._wake = asyncio.Event()
         self._closing = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
+        self._removing: set[asyncio.Task[None]] = set()
         for job, folder in open_jobs(root):
             self._exports[job.id] = Export(self._take_up(job, folder), folder)
 
@@ -72,6 +74,7 @@ class ExportManager:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
+        await asyncio.gather(*self._removing)
         for export in self._exports.values():
             export.touch()
 
@@ -158,7 +161,9 @@ class ExportManager:
         finally:
             export.readers -= 1
             if export.deleted and not export.readers:
-                export.folder.remove()
+                removing = asyncio.create_task(asyncio.to_thread(export.folder.remove))
+                self._removing.add(removing)
+                removing.add_done_callback(self._removing.discard)
 
     async def watch(self, export: Export) -> AsyncGenerator[None, None]:
         """Yields now and after every change, the last time when it has ended, is deleted, or the server closes."""
@@ -239,7 +244,9 @@ class ExportManager:
             for index, (model, weight) in enumerate(adapters):
                 record = held.enter_context(self._registry.lease(model)).record
                 merged.append(MergedAdapter(record.name, record.generation, weight))
-                folder.keep(index, merged[-1], self._registry.store.path(record.generation))
+                store = self._registry.store
+                trained = published_manifest(store.manifest(record.generation).info)
+                folder.keep(index, merged[-1], store.path(record.generation), trained)
             job = ExportJob(
                 id=folder.path.name,
                 adapter=name,

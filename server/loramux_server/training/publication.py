@@ -16,7 +16,7 @@ from typing import Any
 
 from loramux_adapters.access import Access
 from loramux_adapters.errors import LoramuxError
-from loramux_adapters.training.layout import MANIFEST_FILE, STATE_FILE
+from loramux_adapters.training.layout import MANIFEST_FILE, PUBLISHED, STATE_FILE
 from loramux_server.catalog import AdapterCatalog
 from loramux_server.publishing import Options, Published
 from loramux_server.training.database import TrainingDatabase
@@ -31,6 +31,7 @@ CURVE_POINTS = 32  # of a loss curve in metadata
 LISTED_TARGETS = 64
 
 _CURVE = ("step", "train_loss", "valid_loss")
+_OF_THE_GENERATION = {"format", "created_at", "generation"}  # which has these itself
 
 
 class Publication:
@@ -45,10 +46,7 @@ class Publication:
         try:
             directory = job.folder.checkpoint(step)
             state = await asyncio.to_thread(read_json, directory / STATE_FILE)
-            identity = state["identity"]
-            base = {"name": self._catalog.geometry.name, "identity": identity["base"]}
-            data = {"digest": identity["data"]}
-            facts = _facts(job.id, step, base, identity["recipe"], data, state["history"])
+            facts = _facts(job.id, step, state["provenance"], state["history"])
             options = Options(overwrite=True, verify=False, within_quota=False, metadata=_short(facts))
             published = await self._publish(job, name, directory, facts, options)
         except (LoramuxError, OSError, ValueError, KeyError) as error:
@@ -84,7 +82,7 @@ class Publication:
         measured = await asyncio.to_thread(self._database.metrics, job.id)
         curve = manifest["loss_curve"]
         step = max((entry["step"] for entry in curve), default=0)
-        facts = _facts(job.id, step, manifest["base"], manifest["recipe"], manifest["data"], curve)
+        facts = _facts(job.id, step, manifest, curve)
         options = Options(overwrite=True, allow_noop=True, within_quota=False, metadata=_short(facts))
         published = await self._publish(job, record.name, directory, facts, options)
         results = await asyncio.to_thread(self._results, measured, directory / MANIFEST_FILE, record.owner)
@@ -108,7 +106,7 @@ class Publication:
     async def _publish(
         self, job: Job, name: str, directory: Path, facts: dict[str, Any], options: Options
     ) -> Published:
-        stage_it = partial(stage, directory, self._catalog.staging, job.id, {"training": facts})
+        stage_it = partial(stage, directory, self._catalog.staging, job.id, {PUBLISHED: facts})
         return await self._catalog.publish(name, stage_it, options, Access(job.record.owner))
 
     def _results(
@@ -125,21 +123,11 @@ class Publication:
 
 
 def _facts(
-    job: str,
-    step: int,
-    base: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    data: Mapping[str, Any],
-    curve: Sequence[Mapping[str, Any]],
+    job: str, step: int, provenance: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    return {
-        "job": job,
-        "step": step,
-        "base": dict(base),
-        "recipe": dict(recipe),
-        "data": {key: value for key, value in data.items() if key != "warnings"},
-        "loss_curve": [dict(entry) for entry in curve],
-    }
+    """The same of a finished adapter as of the checkpoint of its last step: these may be one generation."""
+    kept = {key: value for key, value in provenance.items() if key not in _OF_THE_GENERATION}
+    return {"job": job, "step": step, **kept, "loss_curve": [dict(entry) for entry in curve]}
 
 
 def _short(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,4 +142,6 @@ def _short(facts: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in facts["recipe"].items()
         if key != "target_modules" or len(targets) <= LISTED_TARGETS
     }
-    return {"training": {**facts, "recipe": recipe, "loss_curve": points}}
+    data = {key: value for key, value in facts["data"].items() if key != "warnings"}
+    told = {key: facts[key] for key in ("job", "step", "base")}
+    return {"training": {**told, "recipe": recipe, "data": data, "loss_curve": points}}

@@ -15,6 +15,7 @@ from loramux_adapters.errors import StorageError, TrainingError
 from loramux_adapters.nf4 import NF4Linear
 from loramux_adapters.training.checkpoints import OPTIMIZER_FILE
 from loramux_adapters.training.diagnoses import Diagnosis
+from loramux_adapters.training.layout import STATE_FILE
 from loramux_adapters.training.pieces import Piece
 from loramux_adapters.training.recipe import Recipe, learning_rate_factor
 from loramux_adapters.training.run import CheckpointReport, EvalReport, TrainingResult, TrainingRun
@@ -130,8 +131,12 @@ def test_the_manifest_says_how_the_adapter_came_about(base: ResidentBase, data: 
     config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
     assert config["loramux_base_identity"] == base.geometry.identity
     assert config["base_model_name_or_path"] == "org/tiny"
-    for step in (2, 3):  # every checkpoint is an adapter
-        assert LoraWeights.read(tmp_path / "out" / "checkpoints" / f"step-{step}", base.geometry).rank == 4
+    for step in (2, 3):  # every checkpoint is an adapter, and says the same of itself
+        checkpoint = tmp_path / "out" / "checkpoints" / f"step-{step}"
+        assert LoraWeights.read(checkpoint, base.geometry).rank == 4
+        provenance = json.loads((checkpoint / STATE_FILE).read_text())["provenance"]
+        assert set(manifest) - set(provenance) == {"format", "created_at", "generation", "loss_curve"}
+        assert provenance == {key: manifest[key] for key in provenance}
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -244,6 +249,7 @@ def test_an_adapter_is_trained_further(base: ResidentBase, data: Path, tmp_path:
     events, result = finish(run)
     assert result is not None
     assert result.weights.spec == initial.spec
+    assert result.manifest["initial"] == initial.generation
     fresh = finish(prepare(base, data, tmp_path / "fresh", {"max_steps": 2}, validation_file=data))[0]
     assert events[0].valid_loss < fresh[0].valid_loss
     for field, value in (("r", 8), ("target_modules", "all-linear"), ("use_rslora", False)):
