@@ -15,10 +15,11 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loramux_adapters.errors import StorageError
+from loramux_adapters.errors import EngineError, StorageError
 from loramux_adapters.spec import BaseGeometry
 from loramux_server.api import middleware
 from loramux_server.api.scopes import OPEN, ROUTES, scopes_of
+from loramux_server.engine.messages import TokenOutput
 from loramux_server.keys.limits import Limits
 from loramux_server.keys.principal import SCOPES, Scope, current_principal
 from loramux_server.keys.store import KeyStore
@@ -55,7 +56,7 @@ def bearer(key: str) -> dict[str, str]:
 def url_of(template: str) -> str:
     for parameter in ("{name:path}", "{model:path}", "{name}"):
         template = template.replace(parameter, "x")
-    for parameter in ("{response_id}", "{file_id}", "{job_id}"):
+    for parameter in ("{response_id}", "{file_id}", "{job_id}", "{key_id}"):
         template = template.replace(parameter, "y")
     return template.replace("{export_id:export_id}", "export-" + "0" * 16)
 
@@ -338,3 +339,54 @@ async def test_the_document_says_how_to_send_a_key(make: Make) -> None:
     assert paths["/health"]["get"].get("security") == []
     assert document["security"] == [{"key": []}]
     assert json.dumps(document).count('"security": []') == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_answer_of_a_request_counts(stream: bool, make: Make) -> None:
+    stand = make(limits=Limits(queued=4))
+    _, one = stand.key()
+    _, other = stand.key()
+
+    def script(call: Any) -> Any:
+        yield 0.3
+        yield from stand.engine.saying("Hello")(call)
+
+    stand.engine.script = script
+    running = asyncio.create_task(complete(stand, one, n=3, stream=stream))
+    while len(stand.engine.calls) < 3:
+        await asyncio.sleep(0.01)
+    beside = [await complete(stand, one, n=2), await complete(stand, one, prompt=["a", "b"])]
+    assert [refused(response) for response in beside] == [(429, "rate_limit_exceeded")] * 2
+    assert "has 4 answers waiting or running, and may have 4" in beside[0].text  # its own first among them
+    assert beside[0].headers["retry-after"] == "1"
+    never = await complete(stand, one, prompt=["a", "b"], n=3)
+    assert never.status_code == 400, "no waiting would help"
+    assert "n: the request asks for 6 answers" in never.text
+    assert len(stand.engine.calls) == 3
+    fitting = await asyncio.gather(complete(stand, one), complete(stand, other, n=4))
+    assert [response.status_code for response in [*fitting, await running]] == [200] * 3
+    assert (await complete(stand, one, n=4)).status_code == 200, "every place was given back"
+
+
+async def test_who_got_nothing_is_not_charged(make: Make) -> None:
+    stand = make()
+    _, key = stand.key(tokens_per_minute=1000)
+
+    async def left() -> int:
+        answer = await stand.client.get("/v1/models", headers=bearer(key))
+        return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+    def refuses(call: Any) -> Any:
+        yield EngineError("the engine is restarting")
+
+    def breaks(call: Any) -> Any:
+        yield TokenOutput(call.request_id, [5])
+        yield EngineError("the engine is restarting")
+
+    stand.engine.script = refuses
+    for stream in (False, True):
+        assert (await complete(stand, key, prompt="Hello world", stream=stream)).status_code == 503
+    assert await left() == 1000
+    stand.engine.script = breaks
+    assert (await complete(stand, key, prompt="Hello world")).status_code == 503
+    assert 0 < 1000 - await left() < 20, "what was computed is"

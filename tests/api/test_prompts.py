@@ -43,13 +43,14 @@ class TestTemplate:
                 {"role": "developer", "content": "be"},
                 {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
                 {"role": "assistant", "content": None, "refusal": "no"},
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "never"}]},
                 {"role": "tool", "content": "r", "tool_call_id": "1"},
             ],
             chat_template_kwargs={"prefix": "Hm"},
         )
         assert stand.tokenizer.decode(stand.engine.calls[0].prompt) == (
             "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n"
-            "<|im_start|>assistant\nno<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n<|im_start|>assistant\nHm"
+            "<|im_start|>assistant\nno<|im_end|>\n<|im_start|>assistant\nnever<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n<|im_start|>assistant\nHm"
         )
 
     async def test_its_own_complaint_is_the_callers_400(self, client: httpx.AsyncClient) -> None:

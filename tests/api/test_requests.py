@@ -35,7 +35,7 @@ async def refused(response: httpx.Response, param: str | None, code: str = "inva
     [
         ("n", True),
         ("n", 0),
-        ("n", 17),
+        ("n", 129),
         ("n", "2"),
         ("n", 1.0),
         ("max_tokens", 0),
@@ -173,11 +173,14 @@ REFUSED = {
     "functions": [{"name": "f"}],
     "function_call": "f",
     "audio": {"voice": "x"},
+    "moderation": {"model": "x"},
     "modalities": ["text", "audio"],
     "prediction": {"type": "content", "content": "x"},
     "store": True,
     "guided_json": {},
     "skip_special_tokens": False,
+    "return_token_ids": True,
+    "prompt_embeds": "AAAA",
     "echo": True,
     "chat_template": "x",
 }
@@ -185,6 +188,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("field", REFUSED)
 async def test_what_we_cannot_honour_is_refused_by_name(client: httpx.AsyncClient, field: str) -> None:
+    assert field in UNSUPPORTED_COMPLETION or field in UNSUPPORTED_CHAT
     for ask, known in ((completion, UNSUPPORTED_COMPLETION), (chat, UNSUPPORTED_CHAT)):
         if field in known:
             message = await refused(
@@ -208,9 +212,9 @@ async def test_combinations_that_make_no_sense(client: httpx.AsyncClient) -> Non
     await refused(await completion(client, prompt_logprobs=1, stream=True), "prompt_logprobs")
     await refused(await completion(client, min_tokens=5, max_tokens=4), "min_tokens")
     await refused(await chat(client, top_logprobs=3), "top_logprobs")
-    await refused(await completion(client, prompt=["a"] * 20, n=16), "n")
+    await refused(await completion(client, prompt=["a"] * 2, n=65), "n")
     await refused(await completion(client, prompt=["a"] * 129), "prompt")
-    for fields in ({"best_of": 1}, {"n": 3, "best_of": 3}, {"n": 3, "best_of": 0}):
+    for fields in ({"best_of": 1}, {"n": 3, "best_of": 3}, {"n": 3, "best_of": 0}, {"n": 128}):
         assert (await completion(client, **fields)).status_code == 200
 
 
@@ -222,6 +226,24 @@ async def test_unknown_fields_are_accepted_and_listed(client: httpx.AsyncClient)
     assert response.headers["x-loramux-ignored-fields"] == "foo, b???, messages[].annotations"
     streamed = await completion(client, stream=True, stream_options={"x": 1})
     assert streamed.headers["x-loramux-ignored-fields"] == "stream_options.x"
+    part = {"type": "text", "text": "x", "cache_control": {}}
+    nested = await chat(
+        client,
+        messages=[{"role": "user", "content": [part, part]}],
+        response_format={"type": "text", "a": 1, "json_schema": {"b": 2}},
+        structured_outputs={"choice": ["x"], "c": 3},
+    )
+    assert nested.headers["x-loramux-ignored-fields"] == (
+        "structured_outputs.c, response_format.a, response_format.json_schema.b, messages[].content[].cache_control"
+    )
+
+
+async def test_all_of_a_tool_is_the_templates(client: httpx.AsyncClient, stand: Stand) -> None:
+    """What we do not know of it is given to the model, so it is not ignored."""
+    stand.engine.max_model_len = 2048
+    response = await chat(client, tools=[{"type": "function", "function": {"name": "f", "returns": "x"}}])
+    assert '"returns": "x"' in stand.tokenizer.decode(stand.engine.calls[0].prompt)
+    assert "x-loramux-ignored-fields" not in response.headers
 
 
 async def test_every_parameter_reaches_the_engine(client: httpx.AsyncClient, stand: Stand) -> None:

@@ -12,6 +12,7 @@ import pydantic
 import pytest
 from openai.types.responses import Response
 
+from loramux_adapters.access import Access
 from loramux_adapters.errors import EngineError, Overloaded
 from loramux_server.api.responses_store import ResponseStore, UnknownResponse
 from loramux_server.api.responses_wire import InputText, MessageItem, ResponseObject
@@ -441,6 +442,21 @@ class TestStore:
         assert store.item("msg_b") is None
         assert store.item("msg_a") is not None
         assert store.get("c").conversation[0].id == "msg_c"
+
+    def test_no_tenant_makes_room_for_another(self) -> None:
+        alice, bob = Access("alice"), Access("bob")
+        store = ResponseStore(2, 10_000)
+        store.put(self.response("a"), [], alice)
+        given = [MessageItem("m", "user", [InputText("x" * 6000)])]
+        for name in ("b", "c", "d", "e"):
+            store.put(self.response(name), given, bob)
+        assert store.get("a", alice).owner == "alice"
+        assert store.item("msg_a", alice) is not None
+        store.delete("a", alice)
+        assert store.get("e", bob).given == (given[0],)
+        for name in ("b", "c", "d"):
+            with pytest.raises(UnknownResponse):
+                store.get(name, bob)
 
     def test_bytes_are_bounded(self) -> None:
         store = ResponseStore(1000, 20_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -11,7 +12,8 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
 from loramux_server.api import structured
-from tests.api.conftest import Stand
+from loramux_server.api.tool_calls import MARKERS
+from tests.api.conftest import CHATML, Stand, build, byte_level_tokenizer
 from tests.api.test_requests import chat, completion, refused
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -173,6 +175,47 @@ async def test_forced_calls_are_grammars(client: httpx.AsyncClient, stand: Stand
     for choice in ("auto", "none", None):
         await chat(client, tools=TOOLS, tool_choice=choice)
         assert stand.engine.calls[-1].params.grammar is None
+
+
+_ADD, _NOW = '{"name": "add", "KEY": {"a": 3}}', '{"name":"now", "KEY":{}}'
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@pytest.mark.parametrize("special", [(), MARKERS], ids=["text", "special"])
+@pytest.mark.parametrize(
+    ("template", "key", "one", "two"),
+    [
+        ("", "arguments", f"{_OPEN}\n{_ADD}\n{_CLOSE}", f"{_OPEN}{_ADD}{_CLOSE}\n{_OPEN}{_NOW}{_CLOSE}"),
+        ("[TOOL_CALLS]", "arguments", f"[TOOL_CALLS][{_ADD}]", f"[TOOL_CALLS][{_ADD}, {_NOW}]"),
+        ("[TOOL_CALLS][ARGS]", "", '[TOOL_CALLS]add[ARGS]{"a":3}', "[TOOL_CALLS]add[ARGS]{}[TOOL_CALLS]now[ARGS]{}"),
+        ("ipython", "parameters", _ADD, f"{_ADD}; {_NOW}"),
+    ],
+    ids=["hermes", "mistral", "mistral-args", "llama3"],
+)  # fmt: skip
+async def test_where_json_is_asked_for_calls_are_possible(
+    special: Sequence[str], template: str, key: str, one: str, two: str
+) -> None:
+    """As agents ask: tools to call, and JSON in the end. What the grammar allows is read as calls."""
+    unknown = "<|im_start|>"  # no marker, though the tokenizer takes markers for it
+    tokenizer = byte_level_tokenizer(unk_token=unknown, chat_template=f"{CHATML}{{# tools {template} #}}")
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    stand = build(tokenizer)
+    one, two = one.replace("KEY", key), two.replace("KEY", key)
+    stand.engine.script = stand.engine.saying(two)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(stand.app), base_url="http://test") as client:
+        for wanted in ({"response_format": json_schema(SCHEMA)}, {"structured_outputs": {"json": SCHEMA}}):
+            answer = (await chat(client, tools=TOOLS, **wanted)).json()["choices"][0]
+            assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["add", "now"]
+            for good in ('{"a": 3}', one, two):
+                assert follows(stand, good), good
+            for bad in ("{}", "text", one.replace("add", "sub"), one.replace("add", "add2"), one + "x"):
+                assert not follows(stand, bad), bad
+            await chat(client, tools=TOOLS, parallel_tool_calls=False, **wanted)
+            assert follows(stand, one)
+            assert not follows(stand, two)
+            # It is only for `auto`.
+            await chat(client, tools=TOOLS, tool_choice="none", **wanted)
+            assert not follows(stand, one)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def bodies(of: Belongings, own_file: str) -> dict[str, list[dict[str, Any]]]:
 # These take names that are to be new: that one is taken, everybody is told (see the test of it).
 NEW_NAMES = {"POST /v1/adapters", "POST /v1/load_lora_adapter", "POST /v1/files"}
 NOBODY_HAS = {"GET /v1/embeddings", "POST /v1/embeddings"}
+# Routes that no tenant gets to: see test_keys.py and test_keys_api.py.
+ADMINS = {"GET /v1/keys", "POST /v1/keys", "DELETE /v1/keys/{key_id}"}
 
 
 @pytest.fixture
@@ -174,9 +176,10 @@ def requests(
     routes = [f"{method} {path}" for method, path in served(stand.app)]
     assert set(told) <= set(routes)
     for route in routes:
-        if route in NEW_NAMES | NOBODY_HAS:
-            continue
         method, path = route.split(" ", 1)
+        assert (scopes_of(method, path) == ("admin",)) == (route in ADMINS), route
+        if route in NEW_NAMES | NOBODY_HAS | ADMINS:
+            continue
         assert route in told or method in ("GET", "HEAD", "DELETE"), f"say what {route} can be asked"
         found += [(route, method, of.url(path), body) for body in told.get(route, [None])]
     found.append(("GET /v1/models/{model:path}", "GET", f"/v1/models/tiny:{of.name}", None))

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from loramux_adapters import store
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, GateLimits
-from loramux_server.api.idempotency import Idempotency
+from loramux_server.api.idempotency import Idempotency, OwnedKey
 from loramux_server.api.pace import BodyTimeout
 from loramux_server.api.uploads import MAX_FIELD_BYTES, max_body_bytes, receive_upload
 from tests.adapters.conftest import AdapterFiles, adapter_files, make_lora_weights, tiny_geometry
@@ -336,16 +336,22 @@ async def test_old_keys_are_forgotten() -> None:
     keys = Idempotency(max_keys=3)
     done = []
 
-    async def once(key: str) -> bytes:
+    async def once(key: str, owner: str = "acme") -> bytes:
         async def work() -> bytes:
-            done.append(key)
+            done.append(f"{owner} {key}")
             return key.encode()
 
-        return await keys.once(key, "same", work)
+        return await keys.once(OwnedKey(owner, key), "same", work)
 
     for key in ("a", "b", "c", "a", "d", "b", "a"):
         assert await once(key) == key.encode()
-    assert done == ["a", "b", "c", "d", "a"]
+    assert done == ["acme a", "acme b", "acme c", "acme d", "acme a"]
+    for number in range(10):
+        await once(f"{number}", "other")
+    done.clear()
+    for key in ("d", "b", "a"):
+        await once(key)
+    assert done == ["acme b"], "what another tenant sends makes nobody forget"
 
 
 async def test_a_client_that_leaves_leaves_nothing(tmp_path: Path, files: Files) -> None:

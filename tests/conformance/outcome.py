@@ -1,13 +1,14 @@
 """What a suite said, held against what we expect of it: a result that is written down with versions.
 
-A failure is expected only if expected.json names it (by a pattern) with its reason; a pattern that matches nothing that
-failed is as wrong as a failure that nothing names.
+A failure is expected only if expected.json names its case (by a pattern), what it says (by a regular expression) and the
+reason: a case that fails otherwise than it should is not expected. What is expected and did not happen is as wrong.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,6 +31,18 @@ class Outcome:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A failure that is right, as expected.json has it."""
+
+    case: str
+    says: str
+    because: str
+
+    def covers(self, case: str, said: str) -> bool:
+        return fnmatchcase(case, self.case) and re.search(self.says, said) is not None
+
+
 @dataclass
 class Judged:
     """An outcome beside what was expected of it."""
@@ -40,7 +53,7 @@ class Judged:
     seconds: float
     explained: dict[str, str]  # failed case -> why that is right
     unexplained: dict[str, str]  # failed case -> what it said
-    unused: list[str]  # patterns that matched no failure
+    unused: list[str]  # what was expected and did not happen
 
     @property
     def good(self) -> bool:
@@ -74,16 +87,15 @@ class Judged:
 
 
 def judge(suite: str, outcome: Outcome, versions: dict[str, str], seconds: float) -> Judged:
-    patterns: dict[str, str] = json.loads(EXPECTED.read_text()).get(suite, {})
+    expected = [Expected(**one) for one in json.loads(EXPECTED.read_text()).get(suite, [])]
     explained, unexplained, used = {}, {}, set()
     for case, said in outcome.failures.items():
-        pattern = next((one for one in patterns if fnmatchcase(case, one)), None)
-        if pattern is None:
+        if (right := next((one for one in expected if one.covers(case, said)), None)) is None:
             unexplained[case] = said
         else:
-            explained[case] = patterns[pattern]
-            used.add(pattern)
-    unused = [pattern for pattern in patterns if pattern not in used]
+            explained[case] = right.because
+            used.add(right)
+    unused = [f"{one.case}: {one.says}" for one in expected if one not in used]
     return Judged(suite, outcome, versions, seconds, explained, unexplained, unused)
 
 

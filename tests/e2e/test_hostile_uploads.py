@@ -35,7 +35,7 @@ from tests.adapters.test_gate import CASES
 from tests.api.test_uploads import BODIES, FORM
 from tests.e2e.conftest import Server, start_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.soak]
+pytestmark = pytest.mark.e2e
 
 MODELS = (*sorted(demo_adapters())[:3], "demo") * 2
 TOKENS = 24

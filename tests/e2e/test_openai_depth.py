@@ -83,6 +83,26 @@ def test_forced_calls_are_valid(server: Server, choice: Any) -> None:
     jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
 
 
+def test_json_or_a_call(server: Server) -> None:
+    """As agents ask, with tools and a format at once."""
+    answers = server.openai.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Invent a person, as JSON, or call stop."}],
+        tools=TOOLS,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+        max_tokens=120,
+        n=4,
+        seed=0,
+    ).choices
+    finished = [one for one in answers if one.finish_reason != "length"]
+    assert finished
+    for one in finished:
+        if one.finish_reason == "stop":
+            jsonschema.validate(json.loads(one.message.content or ""), PERSON)
+        else:
+            assert {call.function.name for call in one.message.tool_calls or ()} <= {"add_person", "stop"}
+
+
 def test_a_scored_prompt_is_as_likely_as_the_answer_that_gave_it(server: Server) -> None:
     """What a greedy answer's tokens scored, they score again when they are echoed as a prompt."""
     prompt = "The capital of France is"

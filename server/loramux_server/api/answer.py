@@ -29,6 +29,7 @@ from loramux_server.api.wire import (
     Usage,
 )
 from loramux_server.engine.messages import TokenLogprobs
+from loramux_server.keys.principal import current_principal
 
 
 @dataclass
@@ -105,8 +106,10 @@ async def respond(
 ) -> Response:
     """Run `ask` and answer, with a stream if there are `events`.
 
-    `held` (the adapter's lease) is given back when the last token was sent.
+    `held` (the adapter's lease, the key's places in the queue) is given back when the last token was sent.
     """
+    beside = len(ask.prompts) * ask.n - 1  # the gate has counted one
+    held.enter_context(api.limits.queued_beside(current_principal(), beside))
     headers = ask.target.headers
     pieces = run(api.engine, ask, api.texts.pieces, api.metrics)
     if events is not None:

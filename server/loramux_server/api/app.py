@@ -26,6 +26,7 @@ from loramux_server.api.routes.fine_tuning import (
     FINE_TUNING_BODIES,
     fine_tuning_router,
 )
+from loramux_server.api.routes.keys import KEY_ANSWERS, KEY_BODIES, keys_router
 from loramux_server.api.routes.models import models_router
 from loramux_server.api.routes.page import page_router
 from loramux_server.api.routes.responses import RESPONSES_ANSWERS, responses_router
@@ -73,14 +74,16 @@ def create_app(
     """The application. `tokenizer` is the base's, from AutoTokenizer; `chat_template` replaces its own.
 
     Without a catalogue the routes that change adapters are not there, without `exports` those that export them,
-    without `jobs` those that train them. Without a `guard` everybody may do everything.
+    without `jobs` those that train them. Without a `guard` everybody may do everything, and there are no keys.
     """
+    guard = guard or Guard()
     api = ApiContext(
         engine=engine,
         models=ModelNames(settings.served_model_names, adapters),
         texts=Texts(tokenizer, chat_template),
         settings=settings,
         metrics=metrics,
+        limits=guard.limits,
     )
     engine.add_listener(metrics.observe_step)
     # No interactive pages: they load scripts from other hosts. No redirects: many clients do not follow them.
@@ -93,6 +96,8 @@ def create_app(
     ):
         app.include_router(router(api))
     app.include_router(page_router())
+    if guard.changes is not None:
+        app.include_router(keys_router(guard, guard.changes))
     app.include_router(models_router(api, catalog))
     if catalog is not None:
         if exports is not None:
@@ -104,29 +109,31 @@ def create_app(
             app.include_router(fine_tuning_router(api, catalog, jobs))
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_envelope)
-    app.add_middleware(Gate, guard=guard or Guard())
+    app.add_middleware(Gate, guard=guard)
     app.add_middleware(Envelope, metrics=metrics, tracing=tracing)
-    _describe(app, adapters=catalog is not None, exports=exports is not None, jobs=jobs is not None)
+    _describe(app, adapters=catalog, exports=exports, jobs=jobs, keys=guard.changes)
     return app
 
 
-def _describe(app: FastAPI, *, adapters: bool, exports: bool, jobs: bool) -> None:
-    """What the OpenAPI document says of the bodies and answers of the routes that are there."""
+def _describe(app: FastAPI, *, adapters: object, exports: object, jobs: object, keys: object) -> None:
+    """What the OpenAPI document says of the bodies and answers of the routes that are there: whose part is not None."""
     openapi.install(
         app,
         [
             *(CompletionBody, ChatBody, ResponsesBody, TokenizeBody, DetokenizeBody),
-            *(ADAPTER_BODIES if adapters else ()),
-            *(EXPORT_BODIES if exports else ()),
-            *(FINE_TUNING_BODIES if jobs else ()),
+            *(ADAPTER_BODIES if adapters is not None else ()),
+            *(EXPORT_BODIES if exports is not None else ()),
+            *(FINE_TUNING_BODIES if jobs is not None else ()),
+            *(KEY_BODIES if keys is not None else ()),
         ],
         [
             *RESPONSES_ANSWERS,
             *(Completion, ChatCompletion, Tokenized, Detokenized, ModelList, ModelCard),
             *(Health, Readiness, Version),
-            *([*ADAPTER_ANSWERS, ModelDeleted] if adapters else ()),
-            *(EXPORT_ANSWERS if exports else ()),
-            *([*FILE_ANSWERS, *FINE_TUNING_ANSWERS] if jobs else ()),
+            *([*ADAPTER_ANSWERS, ModelDeleted] if adapters is not None else ()),
+            *(EXPORT_ANSWERS if exports is not None else ()),
+            *([*FILE_ANSWERS, *FINE_TUNING_ANSWERS] if jobs is not None else ()),
+            *(KEY_ANSWERS if keys is not None else ()),
         ],
     )
 

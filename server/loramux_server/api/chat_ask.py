@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import uuid4
 
 from loramux_adapters.errors import RequestError
@@ -18,9 +19,10 @@ from loramux_server.api.generation import Ask
 from loramux_server.api.messages import conversation
 from loramux_server.api.params import Budget, Wanted, fit, sampling_params, stop_strings
 from loramux_server.api.protocol import ChatBody
-from loramux_server.api.structured import checked, grammar_of
+from loramux_server.api.structured import OfJson, checked, grammar_of, lark_string, of_schema
+from loramux_server.api.texts import Texts
 from loramux_server.api.tool_calls import MARKERS, CallReader, Found, call_reader
-from loramux_server.api.tools import dialect_of, plan_tools
+from loramux_server.api.tools import ToolPlan, dialect_of, plan_tools
 from loramux_server.api.wire import FinishReason
 from loramux_server.engine.messages import Ready
 
@@ -64,9 +66,9 @@ async def chat_ask(
     if plan is not None and plan.forced:
         grammar: str | None = await checked(body, "tool_choice", plan.grammar)
     else:
-        grammar = await grammar_of(body)
+        grammar = await grammar_of(body, of_schema if plan is None else _json_or_calls(api.texts, plan))
     base = api.engine.ready
-    target = held.enter_context(api.models.lease(body.model))
+    target = await api.models.lease(body.model, held)
     prompt = await api.texts.encode_chat(messages, body.chat_template_kwargs or {}, plan)
     n = body.n or 1
     count_sequences(1, n, api.settings.max_sequences_per_request)
@@ -85,6 +87,16 @@ async def chat_ask(
         return ChatAsk(ask, base, AnswerReader())
     dialect = dialect_of(api.texts.chat_template(tools=True))
     return ChatAsk(ask, base, AnswerReader([call_reader(plan, dialect) for _ in range(n)]))
+
+
+def _json_or_calls(texts: Texts, plan: ToolPlan) -> OfJson:
+    """Where JSON is asked for and a tool may be called, too, an answer is one of both."""
+
+    def marker(name: str) -> str:
+        ids = texts.marker_tokens([name])
+        return f"<[{next(iter(ids))}]>" if ids else lark_string(name)  # no text matches a special token
+
+    return partial(plan.json_or_calls, texts.chat_template(tools=True), marker)
 
 
 def _logprobs(body: ChatBody) -> int | None:

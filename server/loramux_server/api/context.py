@@ -9,6 +9,7 @@ from pathlib import Path
 from loramux_server.api.models import ModelNames
 from loramux_server.api.texts import Texts
 from loramux_server.engine.interface import EngineClient
+from loramux_server.keys.limits import KeyLimits
 from loramux_server.metrics import Metrics
 
 
@@ -21,8 +22,10 @@ class ApiSettings:
     max_body_bytes: int = 8 * 2**20
     default_max_tokens: int = 16  # of completions; chat defaults to the rest of the context
     max_sequences_per_request: int = 128  # prompts times n
-    max_stored_responses: int = 1000  # for previous_response_id; the least recently used go first
-    max_stored_response_bytes: int = 64 * 2**20
+    max_stored_responses: int = (
+        1000  # of each tenant, for previous_response_id; the least recently used go first
+    )
+    max_stored_response_bytes: int = 64 * 2**20  # of each tenant
     adapter_roots: tuple[Path, ...] = ()  # the folders that /v1/load_lora_adapter may read
     started: int = field(default_factory=lambda: int(time.time()))  # `created` of the base's model card
 
@@ -40,3 +43,4 @@ class ApiContext:
     texts: Texts
     settings: ApiSettings
     metrics: Metrics
+    limits: KeyLimits

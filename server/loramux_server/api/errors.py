@@ -44,6 +44,7 @@ from loramux_server.api.pace import BodyTimeout
 from loramux_server.api.responses_store import UnknownResponse
 from loramux_server.api.uploads import CrossOrigin
 from loramux_server.keys.limits import RateLimited
+from loramux_server.keys.store import UnknownKey
 
 
 class NotServed(RequestError):
@@ -69,6 +70,7 @@ STATUSES: dict[type[LoramuxError], tuple[int, str]] = {
     BodyTimeout: (408, "invalid_request_error"),
     NotServed: (404, "invalid_request_error"),
     UnknownResponse: (404, "invalid_request_error"),
+    UnknownKey: (404, "invalid_request_error"),
     HeadersTooLarge: (431, "invalid_request_error"),
     BodyTooLarge: (413, "invalid_request_error"),
     UnsupportedMediaType: (415, "invalid_request_error"),

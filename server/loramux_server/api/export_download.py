@@ -26,13 +26,14 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
 class ExportDownload(Response):
     """Keeps `held` until the last byte is sent or the client has left."""
 
+    media_type = "application/x-tar"
+
     def __init__(self, job: ExportJob, files: Sequence[Path], held: AbstractContextManager[object]) -> None:
         folder = re.sub(r"[^A-Za-z0-9._-]", "-", f"{job.adapter}-{job.request.format}")[:80]
         self._members = [(path, _header(folder, path)) for path in files]
         size = sum(len(header) + _padded(path.stat().st_size) for path, header in self._members) + len(_END)
         super().__init__(
             headers={"content-disposition": f'attachment; filename="{folder}.tar"'},
-            media_type="application/x-tar",
         )
         self.headers["content-length"] = str(size)
         self._held = held

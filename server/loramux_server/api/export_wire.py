@@ -14,9 +14,9 @@ from pydantic_core import PydanticCustomError
 from loramux_adapters.errors import RequestError
 from loramux_adapters.prompts import PROMPTS
 from loramux_server.api.adapter_wire import Body
-from loramux_server.config import parse_bytes
 from loramux_server.exports.jobs import ExportRequest, JobEvent, Level, Status
 from loramux_server.exports.run import Export
+from loramux_server.sizes import parse_bytes
 
 MAX_PROMPTS = len(PROMPTS)  # the built-in ones; a client cannot bring a file
 MAX_ADAPTERS = 16

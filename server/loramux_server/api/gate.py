@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
+from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -72,10 +73,17 @@ class Gate:
         with acting_as(who), ExitStack() as held:
             if route in GENERATING:
                 held.enter_context(self._limits.queued(who))
+            failed = False
             try:
                 await self._app(scope, receive, send)
+            except ClientDisconnect:
+                raise
+            except Exception:
+                failed = True
+                raise
             finally:
-                if observed is not None:
+                # Who was refused (a full queue, an engine that restarts) has got nothing; who leaves has cost a prompt.
+                if observed is not None and not (failed and observed.first_token is None):
                     await self._limits.charge(who, observed.prompt_tokens + observed.completion_tokens)
 
     def _principal(self, scope: Scope) -> Principal:

@@ -24,10 +24,6 @@ def conversation(messages: Sequence[Message], system_prompt: str | None = None) 
     return plain
 
 
-def ignored_in_messages(messages: Sequence[Message]) -> list[str]:
-    return sorted({f"messages[].{name}" for message in messages for name in message.model_extra or {}})
-
-
 def _plain(message: Message, path: str) -> dict[str, Any]:
     if message.function_call:
         raise unsupported(f"{path}.function_call", f"{path}.function_call: use tool_calls instead")
@@ -76,6 +72,8 @@ def _text(message: Message, path: str) -> str:
 
 
 def _part_text(part: ContentPart, path: str) -> str:
+    if part.type == "refusal" and part.refusal is not None:
+        return part.refusal
     if part.type != "text":
         raise unsupported(
             f"{path}.type",

@@ -6,9 +6,10 @@ with `base:` before it. Anything else is 404, never the base instead; so is an a
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,18 +44,15 @@ class ModelNames:
         self.base_names = base_names
         self._adapters = adapters
 
-    @contextmanager
-    def lease(self, name: str) -> Iterator[Target]:
-        """The target of a request; an adapter's generation stays until the block is left."""
+    async def lease(self, name: str, held: ExitStack) -> Target:
+        """The target of a request; an adapter's generation stays until `held` is closed."""
         if name in self.base_names:
-            yield Target(self.base_names[0])
-            return
+            return Target(self.base_names[0])
         lease = self._first_known(name, self._adapters.lease)
-        try:
-            record = lease.record
-            yield Target(record.name, AdapterRef(record.generation, str(self._path(record.generation))))
-        finally:
-            lease.release()
+        held.callback(lease.release)
+        record = lease.record
+        path = await asyncio.to_thread(self._path, record.generation)
+        return Target(record.name, AdapterRef(record.generation, str(path)))
 
     def _path(self, generation: str) -> Path:
         try:

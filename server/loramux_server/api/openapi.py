@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from loramux_server.api.errors import ErrorEnvelope
 from loramux_server.api.scopes import OPEN, scopes_of
@@ -26,9 +27,18 @@ def describe(body: type[BaseModel], answer: type[msgspec.Struct]) -> dict[str, A
 
 
 def describe_answer(answer: type[msgspec.Struct]) -> dict[str, Any]:
+    return _describe("application/json", _ref(answer))
+
+
+def describe_download(answer: type[Response]) -> dict[str, Any]:
+    """Of a route that gives a file. What it is added with has to say that there is no JSON: `response_class=Response`."""
+    return _describe(str(answer.media_type), {"type": "string", "format": "binary"})
+
+
+def _describe(media_type: str, schema: dict[str, str]) -> dict[str, Any]:
     return {
         "responses": {
-            "200": {"description": "OK", "content": {"application/json": {"schema": _ref(answer)}}},
+            "200": {"description": "OK", "content": {media_type: {"schema": schema}}},
             "default": {
                 "description": "Error",
                 "content": {"application/json": {"schema": _ref(ErrorEnvelope)}},

@@ -6,11 +6,11 @@ Every refusal is a RequestError whose `param` is the path of the field as the ca
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from loramux_adapters.access import SHARED
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
@@ -58,14 +58,21 @@ def parse(model: type[AnyBody], values: dict[str, object]) -> AnyBody:
         raise first_fault(error) from None
 
 
-def ignored_fields(body: SamplingBody, refused: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Names of the fields that nobody here knows."""
-    names = [name for name in body.model_extra or {} if name not in refused]
-    if body.stream_options:
-        names += [f"stream_options.{name}" for name in body.stream_options.model_extra or {}]
-    if body.structured_outputs:
-        names += [f"structured_outputs.{name}" for name in body.structured_outputs.model_extra or {}]
-    return names
+def ignored_fields(body: Strict, refused: Collection[str] = ()) -> list[str]:
+    """Paths of the fields that nobody here knows, wherever they are; `[]` stands for every place of a list."""
+    return list(dict.fromkeys(path for path in _unknown(body, "") if path not in refused))
+
+
+def _unknown(part: BaseModel, prefix: str) -> Iterator[str]:
+    yield from (prefix + name for name in part.model_extra or {})
+    for name, field in type(part).model_fields.items():
+        value, path = getattr(part, name), prefix + (field.alias or name)
+        if isinstance(value, BaseModel):
+            yield from _unknown(value, f"{path}.")
+        # The first tells of all: prompts may be lists of a million token ids. Tools go to the template as they are.
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel) and path != "tools":
+            for one in value:
+                yield from _unknown(one, f"{path}[].")
 
 
 @dataclass(frozen=True)

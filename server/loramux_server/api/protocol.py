@@ -26,6 +26,14 @@ UNSUPPORTED_SAMPLING: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "add_special_tokens": (),
     "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "prompt_embeds": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "thinking_token_budget": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -39,6 +47,7 @@ UNSUPPORTED_CHAT: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
+    "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -143,12 +152,13 @@ class Sampling(Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
 
 class SamplingBody(Sampling):
     """What completions and chat have in common."""
 
-    n: int | None = Field(None, ge=1, le=16)
+    n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=1, lt=INT31)
     prompt_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
@@ -179,6 +189,7 @@ class CompletionBody(SamplingBody):
 class ContentPart(Strict):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 Content = Annotated[

@@ -44,6 +44,8 @@ from loramux_server.keys.principal import current_access
 
 _SHARED = set(Sampling.model_fields) - {"stream"}
 _TEXT_PARTS = ("input_text", "output_text", "text")
+# Neither honoured nor ignored: anything but their neutral values is refused.
+REFUSED = {*UNSUPPORTED_RESPONSES, *(f"reasoning.{name}" for name in UNSUPPORTED_REASONING)}
 
 # Names in chat's faults, and what this endpoint calls the same thing.
 _NAMES = (
@@ -84,16 +86,6 @@ def read_body(values: dict[str, object]) -> ResponsesBody:
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only allowed when stream is true", param="stream_options")
     return body
-
-
-def ignored_fields(body: ResponsesBody) -> list[str]:
-    """Names of the fields that nobody here knows."""
-    names = [name for name in body.model_extra or {} if name not in UNSUPPORTED_RESPONSES]
-    parts = {"text": body.text, "reasoning": body.reasoning, "structured_outputs": body.structured_outputs}
-    known = {*UNSUPPORTED_REASONING}
-    for path, part in parts.items():
-        names += [f"{path}.{name}" for name in (part.model_extra or {}) if name not in known] if part else []
-    return names
 
 
 def read_input(body: ResponsesBody, store: ResponseStore) -> tuple[Item, ...]:

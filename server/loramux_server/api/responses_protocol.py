@@ -182,5 +182,4 @@ class ResponsesBody(Sampling):
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     stream_options: ResponseStreamOptions | None = None
-    prompt_cache_options: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -32,6 +32,8 @@ ROUTES: Mapping[str, Scopes] = {
     "/version": _ANY,
     "/openapi.json": _ANY,
     "/metrics": ("metrics",),
+    "/v1/keys": _ADMIN,
+    "/v1/keys/{key_id}": _ADMIN,
     # models
     "/v1/models": _OF_TENANTS,
     "/v1/models/{model:path}": _OF_TENANTS,

@@ -24,7 +24,8 @@ COMPILE_TIMEOUT_S = 5.0
 MAX_GRAMMAR_BYTES = 512 * 1024
 
 # Unbounded white space between JSON tokens is a place where small models stay until they are cut off.
-_JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[ \n\r\t]{1,24}", "lenient": False}
+WHITE_SPACE = r"[ \n\r\t]{1,24}"
+_JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": WHITE_SPACE, "lenient": False}
 _AT_ONCE = anyio.CapacityLimiter(2)
 # Keywords that compose schemas, so that closing one changes what another means.
 _COMPOSING = frozenset(("allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties"))
@@ -35,10 +36,15 @@ _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 
 
 Build = Callable[[], str]
+OfJson = Callable[[dict[str, Any]], str]  # a schema's grammar
 
 
-async def grammar_of(body: SamplingBody) -> str | None:
-    """The grammar that the body asks for, checked; None for free text."""
+def of_schema(schema: dict[str, Any]) -> str:
+    return LLMatcher.grammar_from_json_schema(bounded(schema))
+
+
+async def grammar_of(body: SamplingBody, of_json: OfJson = of_schema) -> str | None:
+    """The grammar that the body asks for, checked; None for free text. `of_json` writes it where JSON is asked for."""
     wanted, outputs = body.response_format, body.structured_outputs
     if wanted is not None and wanted.type != "text":
         if outputs is not None:
@@ -46,8 +52,8 @@ async def grammar_of(body: SamplingBody) -> str | None:
                 "structured_outputs: not together with response_format; give one of them",
                 param="structured_outputs",
             )
-        return await checked(body, *_of_response_format(wanted))
-    return None if outputs is None else await checked(body, *_of_structured_outputs(outputs))
+        return await checked(body, *_of_response_format(wanted, of_json))
+    return None if outputs is None else await checked(body, *_of_structured_outputs(outputs, of_json))
 
 
 async def checked(body: SamplingBody, path: str, build: Build) -> str:
@@ -78,10 +84,6 @@ def _compile(path: str, build: Build) -> str:
         reason = " ".join(fault.split())[:300]
         raise RequestError(f"{path}: cannot be followed: {reason}", param=path)
     return grammar
-
-
-def of_schema(schema: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(bounded(schema))
 
 
 def bounded(schema: dict[str, Any]) -> dict[str, Any]:
@@ -122,16 +124,16 @@ def _close(value: object) -> object:
     return closed
 
 
-def _of_response_format(wanted: ResponseFormat) -> tuple[str, Build]:
+def _of_response_format(wanted: ResponseFormat, of_json: OfJson) -> tuple[str, Build]:
     if wanted.type == "json_object":
-        return "response_format", partial(of_schema, {"type": "object"})
+        return "response_format", partial(of_json, {"type": "object"})
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         path = "response_format.json_schema" + (".schema" if wanted.json_schema else "")
         raise RequestError(f"{path}: is required with the type 'json_schema'", param=path)
-    return "response_format.json_schema.schema", partial(of_schema, wanted.json_schema.schema_)
+    return "response_format.json_schema.schema", partial(of_json, wanted.json_schema.schema_)
 
 
-def _of_structured_outputs(wanted: StructuredOutputs) -> tuple[str, Build]:
+def _of_structured_outputs(wanted: StructuredOutputs, of_json: OfJson) -> tuple[str, Build]:
     """vLLM's: exactly one kind."""
     kinds = {
         "json": wanted.json_,
@@ -148,13 +150,13 @@ def _of_structured_outputs(wanted: StructuredOutputs) -> tuple[str, Build]:
     path = f"structured_outputs.{given[0]}"
     match kinds[given[0]]:
         case dict() as schema:
-            return path, partial(of_schema, schema)
+            return path, partial(of_json, schema)
         case list() as choices:
             return path, partial(_of_choices, choices)
         case True:
-            return path, partial(of_schema, {"type": "object"})
+            return path, partial(of_json, {"type": "object"})
         case str() as text if given[0] == "json":
-            return path, partial(of_schema, _read_schema(text, path))
+            return path, partial(of_json, _read_schema(text, path))
         case str() as text if given[0] == "regex":
             return path, partial(LLMatcher.grammar_from_regex, text)
         case text:

@@ -80,7 +80,7 @@ class Texts:
 
     def marker_tokens(self, markers: Iterable[str]) -> frozenset[int]:
         """Those of `markers` that are one special token of this tokenizer."""
-        ids = self._tokenizer.convert_tokens_to_ids(list(markers))
+        ids = self.vocabulary_ids(markers)  # the tokenizer itself takes what it lacks for its unknown token
         return frozenset(one for one in ids if one is not None and self.pieces.is_special(one))
 
     async def encode_chat(

@@ -1,16 +1,16 @@
 """The tools of a chat request: which may be called, how the model is told of them, and what forces a call.
 
 Promises: a forced call (`required`, or one by name) always has a known name and arguments that match its parameters, by a
-grammar; a free one (`auto`) is whatever the model writes, read by tool_calls.py. A base whose chat template does not
-write tools is told of them in the system message, in the format of Hermes
-(https://github.com/NousResearch/Hermes-Function-Calling).
+grammar; a free one (`auto`) is whatever the model writes, read by tool_calls.py, unless text has to be JSON: then an answer
+is that, or calls of known names. A base whose chat template does not write tools is told of them in the system message, in
+the format of Hermes (https://github.com/NousResearch/Hermes-Function-Calling).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from llguidance import LLMatcher
 
 from loramux_adapters.errors import RequestError
 from loramux_server.api.protocol import ChatBody, NamedTool, Tool
-from loramux_server.api.structured import bounded, lark_string, of_schema
+from loramux_server.api.structured import WHITE_SPACE, bounded, lark_string, of_schema
 
 Dialect = Literal["hermes", "mistral", "llama3"]
 
@@ -72,6 +72,54 @@ class ToolPlan:
         more = '(", " call)*' if self.parallel else ""
         lark = [f'start: "[" call {more} "]"', "call: " + " | ".join(calls), *rules]
         return LLMatcher.grammar_from_lark("\n".join(lark))
+
+    def json_or_calls(self, template: str, marker: Callable[[str], str], schema: dict[str, Any]) -> str:
+        """What allows JSON by `schema`, or calls as `template` teaches them; `marker` writes one of theirs for a grammar."""
+        names = [tool.function.name for tool in self.tools]
+        call = _called_object("arguments", names)
+        match dialect_of(template):
+            case "hermes":
+                opening, closing = marker("<tool_call>"), marker("</tool_call>")
+                calls = self._several(f'{opening} "\\n"? call "\\n"? {closing}', '"\\n"')
+            case "mistral" if "[ARGS]" in template:
+                call = f"({_either(names)}) {marker('[ARGS]')} object"
+                calls = self._several(f"{marker('[TOOL_CALLS]')} call", "")
+            case "mistral":
+                listed = self._several("call", 'SPACE? "," SPACE?')
+                calls = f'{marker("[TOOL_CALLS]")} "[" {listed} "]"'
+            case "llama3":
+                call = _called_object("parameters", names)
+                calls = self._several("call", '"; "')
+        lark = (
+            *(f"start: answer | {calls}", f"call: {call}", f"SPACE: /{WHITE_SPACE}/"),
+            f"answer: %json {json.dumps(bounded(schema))}",
+            f"object: %json {json.dumps(bounded({'type': 'object'}))}",
+        )
+        return LLMatcher.grammar_from_lark("\n".join(lark))
+
+    def _several(self, one: str, between: str) -> str:
+        return f"{one} ({between} {one})*" if self.parallel else one
+
+
+def _called_object(key: str, names: Sequence[str]) -> str:
+    """In the pieces that JSON consists of: where it begins, nothing tells a call from any other object."""
+    name = f"({_either(json.dumps(one) for one in names)})"
+    pieces = (
+        '"{"',
+        lark_string('"name"'),
+        '":"',
+        name,
+        '","',
+        lark_string(f'"{key}"'),
+        '":"',
+        "object",
+        '"}"',
+    )
+    return " SPACE? ".join(pieces)
+
+
+def _either(texts: Iterable[str]) -> str:
+    return " | ".join(map(lark_string, texts))
 
 
 def plan_tools(body: ChatBody) -> ToolPlan | None:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from loramux_adapters.adapter_files import ADAPTER_FILES, GateLimits
 from loramux_adapters.errors import Fault, InvalidAdapter, Overloaded, RequestError
 from loramux_adapters.sources import HuggingFaceHub, Staged, stage_archive, stage_hub
+from loramux_adapters.training.layout import published_manifest
 from loramux_server.api.adapter_view import AdapterViews
 from loramux_server.api.adapter_wire import (
     Adapter,
@@ -35,9 +36,9 @@ from loramux_server.api.adapter_wire import (
 from loramux_server.api.body import parse_object, read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.download import AdapterDownload
-from loramux_server.api.idempotency import Idempotency, key_of
+from loramux_server.api.idempotency import Idempotency, OwnedKey, key_of
 from loramux_server.api.methods import refuse_others
-from loramux_server.api.openapi import describe, describe_answer
+from loramux_server.api.openapi import describe, describe_answer, describe_download
 from loramux_server.api.uploads import ARCHIVE, FIELDS, FILES, Upload, is_multipart, receive_upload
 from loramux_server.api.visible import VisibleAdapters
 from loramux_server.catalog import AdapterCatalog
@@ -71,7 +72,12 @@ def adapters_router(api: ApiContext, catalog: AdapterCatalog) -> APIRouter:
         ("GET", "/v1/adapters", routes.page, describe_answer(AdapterList)),
         ("POST", "/v1/adapters/plan", routes.plan, describe(PlanBody, AdapterPlan)),
         ("POST", f"{one}/rollback", routes.rollback, describe(RollbackBody, Adapter)),
-        ("GET", f"{one}/download", routes.download, {}),
+        (
+            "GET",
+            f"{one}/download",
+            routes.download,
+            describe_download(AdapterDownload),
+        ),  # or JSON, of one called so
         ("GET", one, routes.show, describe_answer(Adapter)),
         ("PATCH", one, routes.change, describe(AdapterOptions, Adapter)),
         ("DELETE", one, routes.delete, describe_answer(AdapterDeleted)),
@@ -144,13 +150,15 @@ class AdapterRoutes:
         return Response(answer, media_type="application/json")
 
     async def download(self, name: str) -> Response:
-        """The two files of `name` or `name@generation` as a .tar.gz, which can be uploaded again."""
+        """The files of `name` or `name@generation` as a .tar.gz, which can be uploaded again."""
         if f"{name}/download" in self._visible:  # an adapter may be called that
             return await self.show(f"{name}/download")
         lease = self._visible.lease(name)
         try:
-            path = await asyncio.to_thread(self._visible.store.path, lease.record.generation)
-            return AdapterDownload(lease, path)
+            store, generation = self._visible.store, lease.record.generation
+            path = await asyncio.to_thread(store.path, generation)
+            facts = (await asyncio.to_thread(store.manifest, generation)).info
+            return AdapterDownload(lease, path, published_manifest(facts))
         except BaseException:
             lease.release()
             raise
@@ -160,14 +168,14 @@ class AdapterRoutes:
         body = parse(PlanBody, await read_object(request, self._api.settings.max_body_bytes))
         return _json(await asyncio.to_thread(self._views.plan, body))
 
-    async def _upload(self, request: Request, key: str | None) -> bytes:
+    async def _upload(self, request: Request, key: OwnedKey | None) -> bytes:
         catalog = self._catalog
         async with receive_upload(request, catalog.staging, catalog.limits) as upload:
             body = parse(NewAdapter, _typed(upload.fields))
             stage = partial(_stage_upload, upload, catalog.staging, catalog.limits)
             return await self._repeats.once(key, upload.digest, lambda: self._publish(body, stage))
 
-    async def _pull(self, request: Request, key: str | None) -> bytes:
+    async def _pull(self, request: Request, key: OwnedKey | None) -> bytes:
         catalog = self._catalog
         values = await read_object(request, self._api.settings.max_body_bytes)
         body = parse(PulledAdapter, values)

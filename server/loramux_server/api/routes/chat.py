@@ -18,7 +18,6 @@ from loramux_server.api.detokenize import Pieces
 from loramux_server.api.generation import Ask, Piece, ScoredToken
 from loramux_server.api.identity import Identity
 from loramux_server.api.logprobs import chat_logprobs, prompt_logprobs
-from loramux_server.api.messages import ignored_in_messages
 from loramux_server.api.openapi import describe
 from loramux_server.api.params import ignored_fields, validate
 from loramux_server.api.protocol import UNSUPPORTED_CHAT, ChatBody
@@ -51,8 +50,7 @@ def chat_router(api: ApiContext) -> APIRouter:
             ask = asked.ask
             shape = ChatShape(Identity.of(ask, asked.base), ask, api.texts.pieces, asked.answers)
             response = await respond(request, api, ask, shape, chunk_events(shape, body), held)
-        ignored = ignored_fields(body, UNSUPPORTED_CHAT) + ignored_in_messages(body.messages)
-        response.headers.update(ignored_fields_header(ignored))
+        response.headers.update(ignored_fields_header(ignored_fields(body, UNSUPPORTED_CHAT)))
         return response
 
     return router

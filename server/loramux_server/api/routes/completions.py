@@ -48,7 +48,7 @@ def completions_router(api: ApiContext) -> APIRouter:
         grammar = await grammar_of(body)
         base = api.engine.ready
         with ExitStack() as held:
-            target = held.enter_context(api.models.lease(body.model))
+            target = await api.models.lease(body.model, held)
             prompts = await _prompts(api, body, base.vocab_size)
             count_sequences(len(prompts), sequences, api.settings.max_sequences_per_request)
             scores_only = body.max_tokens == 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Query
+from fastapi import Path as PathParameter
 from pydantic import BaseModel
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
@@ -37,7 +38,7 @@ from loramux_server.api.export_wire import (
 )
 from loramux_server.api.idempotency import Idempotency, key_of
 from loramux_server.api.methods import refuse_others
-from loramux_server.api.openapi import describe, describe_answer
+from loramux_server.api.openapi import describe, describe_answer, describe_download
 from loramux_server.api.stream import DONE, EventStream, encode_event
 from loramux_server.api.visible import VisibleAdapters
 from loramux_server.catalog import AdapterCatalog
@@ -53,10 +54,14 @@ EXPORT_ANSWERS: list[type[msgspec.Struct]] = [
 SECONDS_BETWEEN_PROGRESS = 1.0
 
 
+_ID = "export-[0-9a-f]{16}"
+ExportId = Annotated[str, PathParameter(pattern=f"^{_ID}$")]
+
+
 class _ExportId(Convertor[str]):
     """So that an adapter whose name has "/exports/" in it is not taken for an export."""
 
-    regex = "export-[0-9a-f]{16}"
+    regex = _ID
 
     def convert(self, value: str) -> str:
         return value
@@ -81,12 +86,19 @@ def exports_router(api: ApiContext, catalog: AdapterCatalog, exports: ExportMana
         ("DELETE", one, routes.delete, describe_answer(AdapterExportDeleted)),
         ("GET", f"{one}/events", routes.events, describe_answer(AdapterExportEvents)),
         ("POST", f"{one}/cancel", routes.cancel, describe_answer(AdapterExport)),
-        ("GET", f"{one}/download", routes.download, {}),
+        ("GET", f"{one}/download", routes.download, describe_download(ExportDownload)),
     ]
     table[0][3]["responses"]["201"] = table[0][3]["responses"].pop("200")
     for method, path, endpoint, extra in table:
         status = 201 if endpoint == routes.create else 200
-        router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, status_code=status)
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            openapi_extra=extra,
+            status_code=status,
+            response_class=Response,
+        )
     for path in dict.fromkeys(path for _, path, *_ in table):
         refuse_others(router, path, {method for method, other, *_ in table if other == path})
     return router
@@ -134,22 +146,24 @@ class ExportRoutes:
         )
         return _json(answer)
 
-    async def show(self, name: str, export_id: str) -> Response:
+    async def show(self, name: str, export_id: ExportId) -> Response:
         """One export, with its report when there is one."""
         return await self._answer(self._get(name, export_id))
 
-    async def cancel(self, name: str, export_id: str) -> Response:
+    async def cancel(self, name: str, export_id: ExportId) -> Response:
         """Stop an export that waits or runs; what it had written is removed."""
         self._get(name, export_id)
         return await self._answer(await self._exports.cancel(name, export_id))
 
-    async def delete(self, name: str, export_id: str) -> Response:
+    async def delete(self, name: str, export_id: ExportId) -> Response:
         """Forget an export and remove its files."""
         self._get(name, export_id)
         await self._exports.delete(name, export_id)
         return _json(AdapterExportDeleted(export_id))
 
-    async def events(self, name: str, export_id: str, request: Request, stream: bool = False) -> Response:
+    async def events(
+        self, name: str, export_id: ExportId, request: Request, stream: bool = False
+    ) -> Response:
         """What happened so far; with `stream` also what happens from now on, and the progress."""
         export = self._get(name, export_id)
         if stream:
@@ -157,7 +171,7 @@ class ExportRoutes:
         events = [event_view(event) for event in export.job.events]
         return _json(AdapterExportEvents(events, events[0].id, events[-1].id))
 
-    async def download(self, name: str, export_id: str) -> Response:
+    async def download(self, name: str, export_id: ExportId) -> Response:
         """The files of a finished export as a tar."""
         self._get(name, export_id)
         with ExitStack() as held:

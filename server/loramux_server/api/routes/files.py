@@ -17,7 +17,7 @@ from loramux_server.api.file_download import FileDownload
 from loramux_server.api.file_wire import FileDeleted, FileList, FileObject, file_list, file_view
 from loramux_server.api.idempotency import Idempotency, key_of
 from loramux_server.api.methods import refuse_others
-from loramux_server.api.openapi import describe_answer
+from loramux_server.api.openapi import describe_answer, describe_download
 from loramux_server.api.uploads import (
     MAX_FIELD_BYTES,
     MAX_FRAMING_BYTES,
@@ -57,9 +57,9 @@ def files_router(catalog: AdapterCatalog, jobs: JobManager) -> APIRouter:
         ("GET", every, routes.page, describe_answer(FileList)),
         ("GET", one, routes.show, describe_answer(FileObject)),
         ("DELETE", one, routes.delete, describe_answer(FileDeleted)),
-        ("GET", f"{one}/content", routes.content, {}),
+        ("GET", f"{one}/content", routes.content, describe_download(FileDownload)),
     ):
-        router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra)
+        router.add_api_route(path, endpoint, methods=[method], openapi_extra=extra, response_class=Response)
     refuse_others(router, every, {"GET", "POST"})
     refuse_others(router, one, {"GET", "DELETE"})
     refuse_others(router, f"{one}/content", {"GET"})

@@ -101,7 +101,7 @@ class FineTuningRoutes:
         async def work() -> bytes:
             asked, recipe = read_request(values)
             with ExitStack() as held:
-                initial = self._initial(asked, recipe, held)
+                initial = await self._initial(asked, recipe, held)
                 if recipe.init_from is None and initial is not None:
                     asked = continuing(asked)
                 await asyncio.to_thread(self._check, asked, recipe, initial)
@@ -116,10 +116,10 @@ class FineTuningRoutes:
         """What a job of this body would be: rows as they are read, steps, memory. Nothing is created."""
         asked, recipe = read_request(await read_object(request, self._api.settings.max_body_bytes))
         with ExitStack() as held:
-            initial = self._initial(asked, recipe, held)
+            initial = await self._initial(asked, recipe, held)
             await asyncio.to_thread(self._check, asked, recipe, initial)
             await self._check_files(asked)
-            spec = None if initial is None else AdapterSpec.from_config(json.loads(self._config(initial)))
+            spec = None if initial is None else await asyncio.to_thread(self._spec, initial)
             try:
                 return _json(plan_view(await self._planner.plan(asked, recipe, spec)))
             except TrainingError as error:
@@ -217,9 +217,9 @@ class FineTuningRoutes:
                     param=field,
                 )
 
-    def _initial(self, asked: JobRequest, recipe: Recipe, held: ExitStack) -> AdapterRef | None:
+    async def _initial(self, asked: JobRequest, recipe: Recipe, held: ExitStack) -> AdapterRef | None:
         """The adapter to train further: `model`, or `init_from` beside the base's name. Leased by `held`."""
-        target = held.enter_context(self._api.models.lease(asked.model))
+        target = await self._api.models.lease(asked.model, held)
         if recipe.init_from is None:
             return target.adapter
         path = asked.paths["init_from"]
@@ -227,7 +227,7 @@ class FineTuningRoutes:
             message = f"{path}: model names an adapter already, which is trained further; give one of the two"
             raise RequestError(message, param=path)
         try:
-            adapter = held.enter_context(self._api.models.lease(recipe.init_from)).adapter
+            adapter = (await self._api.models.lease(recipe.init_from, held)).adapter
         except UnknownAdapter as error:
             raise UnknownAdapter(f"{path}: {error.message}", param=path) from None
         if adapter is None:
@@ -241,8 +241,7 @@ class FineTuningRoutes:
         base = TrainingBase(geometry, hidden_size=1024, context_length=ready.context_length, device=device)
         try:
             if initial is not None:
-                config = json.loads(self._config(initial))
-                recipe = continued(recipe, AdapterSpec.from_config(config), geometry)
+                recipe = continued(recipe, self._spec(initial), geometry)
             validated = asked.validation_file is not None
             resolved, _ = resolve(recipe, base, units=1, validated=validated)
             if resolved.r > self._catalog.limits.max_rank:
@@ -254,8 +253,9 @@ class FineTuningRoutes:
         except TrainingError as error:
             raise located(error, asked.paths) from None
 
-    def _config(self, adapter: AdapterRef) -> bytes:
-        return (self._catalog.registry.store.path(adapter.generation) / CONFIG_FILE).read_bytes()
+    def _spec(self, adapter: AdapterRef) -> AdapterSpec:
+        config = (self._catalog.registry.store.path(adapter.generation) / CONFIG_FILE).read_bytes()
+        return AdapterSpec.from_config(json.loads(config))
 
 
 def _metadata_filter(request: Request) -> Callable[[Job], bool]:

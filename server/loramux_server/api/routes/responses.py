@@ -20,7 +20,8 @@ from loramux_server.api.errors import unsupported
 from loramux_server.api.methods import refuse_others
 from loramux_server.api.middleware import FAILURE_EVENT
 from loramux_server.api.openapi import describe, describe_answer
-from loramux_server.api.responses_input import chat_body, ignored_fields, in_our_words, read_body, read_input
+from loramux_server.api.params import ignored_fields
+from loramux_server.api.responses_input import REFUSED, chat_body, in_our_words, read_body, read_input
 from loramux_server.api.responses_protocol import ResponsesBody
 from loramux_server.api.responses_shape import ResponseShape
 from loramux_server.api.responses_store import ResponseStore
@@ -54,7 +55,7 @@ def responses_router(api: ApiContext) -> APIRouter:
             request.scope[FAILURE_EVENT] = shape.failed
             events = shape.events if body.stream else None
             response = await respond(request, api, asked.ask, shape, events, held)
-        response.headers.update(ignored_fields_header(ignored_fields(body)))
+        response.headers.update(ignored_fields_header(ignored_fields(body, REFUSED)))
         return response
 
     @router.get(_ONE, openapi_extra=describe_answer(ResponseObject))

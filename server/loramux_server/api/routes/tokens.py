@@ -12,9 +12,9 @@ from loramux_server.api.answer import ignored_fields_header
 from loramux_server.api.body import read_object
 from loramux_server.api.context import ApiContext
 from loramux_server.api.detokenize import Detokenizer
-from loramux_server.api.messages import conversation, ignored_in_messages
+from loramux_server.api.messages import conversation
 from loramux_server.api.openapi import describe
-from loramux_server.api.params import parse
+from loramux_server.api.params import ignored_fields, parse
 from loramux_server.api.protocol import DetokenizeBody, TokenizeBody
 from loramux_server.api.tools import ToolPlan
 from loramux_server.api.wire import Detokenized, Tokenized
@@ -31,9 +31,8 @@ def tokens_router(api: ApiContext) -> APIRouter:
         tokens = await _tokens(body)
         pieces = api.texts.pieces
         names = [pieces.name_of(token) for token in tokens] if body.return_token_strs else None
-        ignored = [*(body.model_extra or {}), *ignored_in_messages(body.messages or [])]
         answer = Tokenized(len(tokens), api.engine.ready.max_model_len, tokens, names)
-        return _json(encode(answer), ignored)
+        return _json(encode(answer), ignored_fields(body))
 
     @router.post("/detokenize", openapi_extra=describe(DetokenizeBody, Detokenized))
     async def detokenize(request: Request) -> Response:
@@ -44,7 +43,7 @@ def tokens_router(api: ApiContext) -> APIRouter:
         if body.tokens and max(body.tokens) >= vocab_size:
             raise RequestError(f"tokens: has an id that is not below {vocab_size}", param="tokens")
         text = Detokenizer.text(api.texts.pieces, body.tokens, specials=True)
-        return _json(encode(Detokenized(text)), list(body.model_extra or {}))
+        return _json(encode(Detokenized(text)), ignored_fields(body))
 
     def _check_model(model: str | None) -> None:
         """Adapters have the base's tokenizer; a name that nobody has is refused all the same."""

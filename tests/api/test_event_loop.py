@@ -1,0 +1,101 @@
+"""What requests do on the event loop, where all of them run: no reading of adapters' files, no removing of folders."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loramux_adapters.spec import BaseGeometry
+from loramux_adapters.store import GenerationStore
+from loramux_server.exports.jobs import JobFolder
+from tests.adapters.conftest import AdapterFiles, adapter_files, make_lora_weights, tiny_geometry
+from tests.api.catalog_support import contents, variant
+from tests.api.tenants_support import TenantStand
+from tests.api.training_support import PATIENCE_S
+
+__all__ = ["adapter_files", "make_lora_weights", "tiny_geometry"]  # fixtures
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+async def stand(
+    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
+) -> AsyncIterator[TenantStand]:
+    stand = TenantStand.open(tmp_path, tiny_geometry, tokenizer)
+    yield stand
+    await stand.close()
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
+    """What reads or removes files, and on which threads."""
+    seen: set[tuple[str, int]] = set()
+
+    def watched(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watching(*arguments: Any) -> Any:
+            seen.add((name, threading.get_ident()))
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, watching)
+
+    watched(GenerationStore, "manifest")
+    watched(JobFolder, "remove")
+    return seen
+
+
+def on_the_loop(seen: set[tuple[str, int]]) -> set[str]:
+    return {name for name, thread in seen if thread == threading.get_ident()}
+
+
+async def test_adapters_files_are_read_on_threads(
+    stand: TenantStand, adapter_files: AdapterFiles, tmp_path: Path, threads: set[tuple[str, int]]
+) -> None:
+    assert (
+        await stand.upload("alice", "hers", contents(variant(adapter_files, 0), tmp_path / "a"))
+    ).status_code == 201
+    file = await stand.upload_rows("alice")
+    job = {"model": "hers", "training_file": file}
+    for url, body in (
+        ("/v1/completions", {"model": "hers", "prompt": "hi"}),
+        ("/v1/chat/completions", {"model": "hers", "messages": MESSAGES}),
+        ("/v1/responses", {"model": "tiny:hers", "input": "hi"}),
+        ("/v1/fine_tuning/jobs", job),
+        ("/v1/adapters/plan", {"name": "hers"}),
+        ("/v1/adapters/hers/exports", {}),
+    ):
+        threads.clear()
+        await stand.ok("alice", "POST", url, json=body)
+        assert ("manifest", on_the_loop(threads)) == ("manifest", set()), url
+        assert threads, f"{url} reads nothing, and would show nothing"
+    for url in ("/v1/adapters/hers", "/v1/adapters", "/v1/adapters/hers/download"):
+        await stand.ask("alice", "GET", url)
+    assert on_the_loop(threads) == set()
+
+
+async def test_an_export_that_is_read_is_removed_on_a_thread(
+    stand: TenantStand, adapter_files: AdapterFiles, tmp_path: Path, threads: set[tuple[str, int]]
+) -> None:
+    await stand.upload("alice", "hers", contents(variant(adapter_files, 0), tmp_path / "a"))
+    shown = await stand.ok("alice", "POST", "/v1/adapters/hers/exports", json={})
+    export = stand.exports.get("hers", shown["id"])
+    export.job = export.job.saying("as if it had been carried out", status="succeeded")
+    with ExitStack() as downloads:
+        for _ in range(2):
+            downloads.enter_context(stand.exports.reading("hers", shown["id"]))
+        await stand.ok("alice", "DELETE", f"/v1/adapters/hers/exports/{shown['id']}")
+        assert export.folder.path.exists(), "it is read"
+    async with asyncio.timeout(PATIENCE_S):
+        while export.folder.path.exists():
+            await asyncio.sleep(0.01)
+    assert {name for name, _ in threads} >= {"remove"}
+    assert on_the_loop(threads) == set()
