@@ -12,7 +12,7 @@ help:  ## show this list
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer")'
-	$(PYTHON) -m venv --clear $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $(STAMP)
@@ -38,6 +38,7 @@ bench: $(STAMP)  ## run the benchmark scenarios; prints ratios
 	$(BIN)/python -m loadtests.export_bench
 	$(BIN)/python -m loadtests.train_bench
 	$(BIN)/python -m loadtests.quality_bench
+	$(BIN)/python -m loadtests.plan_check
 	$(BIN)/python -m loadtests.export_readers
 
 peers: $(STAMP)  ## build llama.cpp's server and install vLLM for CPUs below build/peers/; PEERS= chooses

@@ -38,6 +38,7 @@ TORCH_FREE = [
             "sequence",
             "kv_cache",
             "prefix_cache",
+            "drafts",
             "waiting",
             "scheduler",
             "interface",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loramux_server.config import default_data_dir
+from loramux_server.config import read_data_dir
 
 if TYPE_CHECKING:
     from loramux_server.doctor.finding import Finding
@@ -24,7 +24,8 @@ def doctor(
         list[Path] | None, typer.Option(help="Adapter directory to put through the gate; may repeat.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="The server's --data-dir.", show_default="the server's")
+        Path | None,
+        typer.Option(help="The server's --data-dir, or LORAMUX_DATA_DIR.", show_default="the server's"),
     ] = None,
     host: Annotated[str, typer.Option(help="The server's --host.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The server's --port.")] = 8000,
@@ -32,7 +33,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Look for what would keep a server from running here; each fault comes with advice."""
-    findings = _examine(model, adapter or [], data_dir or default_data_dir(), host, port, device)
+    findings = _examine(model, adapter or [], read_data_dir(data_dir, None), host, port, device)
     faults = sum(one.state == "fault" for one in findings)
     if as_json:
         found = {"ok": faults == 0, "findings": [one.to_json() for one in findings]}

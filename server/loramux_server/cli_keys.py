@@ -7,7 +7,6 @@ imported until a command runs.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -34,6 +33,10 @@ keys_app = typer.Typer(
 DataDir = Annotated[
     Path | None,
     typer.Option(help="The server's --data-dir, or LORAMUX_DATA_DIR.", show_default="the server's"),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="The server's --config, or LORAMUX_CONFIG; it may name the data directory."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -64,6 +67,7 @@ def create_key(
         int | None, typer.Option(min=0, help="Tokens a minute; 0: no limit.", show_default="the server's")
     ] = None,
     data_dir: DataDir = None,
+    config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
     """Make a key and print it, this once. A running server knows it with the next request."""
@@ -78,7 +82,7 @@ def create_key(
         requests_per_minute=rpm,
         tokens_per_minute=tpm,
     )
-    with _store(data_dir) as store:
+    with _store(data_dir, config) as store:
         record, key = store.create(wanted)
     if as_json:
         typer.echo(json.dumps({**_shown(record), "key": key}))
@@ -89,9 +93,9 @@ def create_key(
 
 
 @keys_app.command("list")
-def list_keys(data_dir: DataDir = None, as_json: Json = False) -> None:
+def list_keys(data_dir: DataDir = None, config: ConfigFile = None, as_json: Json = False) -> None:
     """List the keys, without what opens anything."""
-    with _store(data_dir) as store:
+    with _store(data_dir, config) as store:
         records = store.all()
     if as_json:
         typer.echo(json.dumps([_shown(record) for record in records]))
@@ -123,20 +127,20 @@ def list_keys(data_dir: DataDir = None, as_json: Json = False) -> None:
 def revoke_key(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, from the list.")],
     data_dir: DataDir = None,
+    config: ConfigFile = None,
 ) -> None:
     """Let a key open nothing any more, from the next request on; requests that run finish."""
-    with _store(data_dir) as store:
+    with _store(data_dir, config) as store:
         record = store.revoke(key_id)
     typer.echo(f"{record.id} is revoked")
 
 
 @contextmanager
-def _store(data_dir: Path | None) -> Iterator[KeyStore]:
-    from loramux_server.config import default_data_dir
+def _store(data_dir: Path | None, config: Path | None) -> Iterator[KeyStore]:
+    from loramux_server.config import read_data_dir
     from loramux_server.keys.store import KeyStore
 
-    variable = os.environ.get("LORAMUX_DATA_DIR")
-    store = KeyStore(data_dir or (Path(variable) if variable else default_data_dir()))
+    store = KeyStore(read_data_dir(data_dir, config))
     try:
         yield store
     finally:

@@ -1,8 +1,8 @@
 """Connections of the HTTP server that nobody can hold for ever: uvicorn's own protocol, with clocks and a bound.
 
 Promises: headers that are not complete in time, or larger than any request needs, end the connection; so does a client that
-takes nothing of its answer. How slow a body may come is asked where it is read (`api/body.py`). Clocks are the event loop's,
-which no change of the date moves.
+takes next to nothing of its answer, while one that is merely slow gets all of it, however large. How slow a body may come is
+asked where it is read (`api/pace.py`). Clocks are the event loop's, which no change of the date moves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Literal
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_S = 30.0  # from the first byte, or from the connection, to the end of the headers
-WRITE_S = 60.0  # in which a client that is sent more than the buffers hold has to take some of it
+WRITE_S = 60.0  # after which a client that is sent more than the buffers hold is asked how much of it he took
+MIN_RATE = 1024  # bytes a second that he has to take
 REFUSED_BODY_S = 300.0  # in which the rest of a body may come that was answered already
 MAX_RAW_HEADER_BYTES = 256 * 1024  # above the bound that is answered in words (`api/middleware.py`)
 
@@ -43,7 +44,11 @@ class _Clock:
 
     def start(self, seconds: float) -> None:
         self.stop()
-        self._handle = asyncio.get_running_loop().call_later(seconds, self._then)
+        self._handle = asyncio.get_running_loop().call_later(seconds, self._over)
+
+    def _over(self) -> None:
+        self._handle = None
+        self._then()
 
     def stop(self) -> None:
         if self._handle is not None:
@@ -64,7 +69,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._part: _Part = "none"  # of a request, that is being read
         self._header_bytes = 0
         self._reading = _Clock(transport.abort)
-        self._writing = _Clock(transport.abort)
+        self._writing = _Clock(self._look_at_writing)
+        self._unsent = 0  # when the clock was started
         self._reading.start(self.headers_s)
 
     def data_received(self, data: bytes) -> None:
@@ -110,16 +116,38 @@ class BoundedProtocol(HttpToolsProtocol):
         self._reading.stop()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_rest()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._writing.start(self.write_s)
+        self._watch_writing()
 
     def resume_writing(self) -> None:
-        self._writing.stop()
+        if not self.transport.is_closing():  # then what is left has to be taken, too
+            self._writing.stop()
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        """An answer that is not taken does not keep the connection open."""
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+        """Closes after what was answered has been sent, for which the client has the same time as ever."""
         super().timeout_keep_alive_handler()
+        self._watch_rest()
+
+    def _watch_rest(self) -> None:
+        """Less than makes the server pause is watched only when the connection ends with it."""
+        if self.transport.get_write_buffer_size() and not self._writing.runs:
+            self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._writing.start(self.write_s)
+
+    def _look_at_writing(self) -> None:
+        """Nothing is written while the clock runs: uvicorn waits, or the answer is complete."""
+        left = self.transport.get_write_buffer_size()
+        if left and self._unsent - left < MIN_RATE * self.write_s:
+            self.transport.abort()
+        elif left:
+            self._watch_writing()

@@ -63,6 +63,48 @@ def test_a_key_alone_on_standard_output(keys: Run, tmp_path: Path) -> None:
     assert key not in keys("list", "--json")[0]
 
 
+def test_the_data_directory_of_the_servers_file(
+    keys: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "loramux.toml"
+    file.write_text(f'max_loras = 3\ndata_dir = "{tmp_path / "of-the-file"}"\n')
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "default"))
+    monkeypatch.setenv("LORAMUX_CONFIG", str(file))
+    flag = ("--data-dir", str(tmp_path / "of-the-flag"))
+    keys("create", "--name", "by variable")  # LORAMUX_DATA_DIR
+    keys("create", "--name", "by flag", *flag)
+    monkeypatch.delenv("LORAMUX_DATA_DIR")
+    made = json.loads(keys("create", "--name", "by file", "--json")[0])
+    monkeypatch.delenv("LORAMUX_CONFIG")
+    keys("create", "--name", "by default")
+    named = ("--config", str(file))
+    for options, name in (((), "by default"), (named, "by file"), ((*named, *flag), "by flag")):
+        assert [one["name"] for one in json.loads(keys("list", "--json", *options)[0])] == [name]
+    keys("revoke", made["id"], *named)
+    assert json.loads(keys("list", "--json", *named)[0])[0]["state"] == "revoked"
+    assert read_config(["m", *named]).data_dir == tmp_path / "of-the-file", "where the server looks, too"
+    monkeypatch.setenv("LORAMUX_DATA_DIR", str(tmp_path))
+    assert [one["name"] for one in json.loads(keys("list", "--json")[0])] == ["by variable"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("data_dir = 3", "data_dir: is not a path"),
+        ("data_dri = 'x'", "data_dri is not a setting"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_that_names_no_data_directory_is_refused(
+    text: str | None, sentence: str, keys: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORAMUX_DATA_DIR")
+    file = tmp_path / "loramux.toml"
+    if text is not None:
+        file.write_text(text)
+    assert sentence in keys("list", "--config", str(file), code=1)[1]
+
+
 def test_list_and_revoke(keys: Run) -> None:
     first = json.loads(keys("create", "--name", "ci", "--expires-in", "2h", "--json")[0])
     second = json.loads(keys("create", "--scope", "admin", "--tpm", "0", "--json")[0])

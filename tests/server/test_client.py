@@ -19,6 +19,7 @@ import pytest_asyncio
 
 from loramux_adapters.errors import BaseModelError, EngineError, QueueFull
 from loramux_server.engine import client as client_module
+from loramux_server.engine import restarts
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.messages import AdapterRef, SamplingParams, StepOutput, TokenOutput
 from loramux_server.engine.options import WorkerOptions
@@ -230,7 +231,7 @@ FakeWorker = Callable[..., WorkerClient]
 @pytest_asyncio.fixture(loop_scope="module")
 async def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[FakeWorker]:
     """A client whose worker runs the given lines; it is restarted without delay."""
-    monkeypatch.setattr(client_module, "_RESTART_DELAY_S", (0.0,))
+    monkeypatch.setattr(restarts, "DELAYS_S", (0.0,) * 4)
     made: list[WorkerClient] = []
 
     def make(lines: str, **timeouts: float) -> WorkerClient:
@@ -530,3 +531,20 @@ async def test_what_the_engine_is_told_of_its_options(tiny_model: Callable[[str]
     engine.close()
     assert not engine.blocks.prefix_caching
     assert (ready.max_loras, ready.kv_block_size) == (told.max_loras, told.block_size)
+
+
+async def test_restarts_are_counted_for_ever_and_held_against_a_worker_for_a_while() -> None:
+    now = 0.0
+    counted = restarts.Restarts(lambda: now)
+    delays = []
+    for _ in range(5):
+        delays.append(counted.delay())
+        counted.count()
+    assert delays == [0.0, 1.0, 5.0, 15.0, 15.0]
+    now = restarts.RECENT_S - 1
+    assert counted.delay() == 15.0
+    counted.count()
+    now += 2
+    assert counted.delay() == 1.0
+    now += restarts.RECENT_S
+    assert (counted.delay(), counted.total) == (0.0, 6)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from loramux_adapters.errors import ConfigError
-from loramux_server.config import ServeConfig, default_data_dir, parse_bytes, read_config
+from loramux_server.config import ServeConfig, default_data_dir, read_config
+from loramux_server.sizes import parse_bytes
 
 
 @pytest.fixture

@@ -1,28 +1,35 @@
-"""Clients that hold a connection without using it: slow headers, floods, bodies nobody reads, answers nobody takes."""
+"""Clients that hold a connection without using it: slow headers, floods, bodies nobody reads, answers nobody takes.
+
+A client that is merely slow gets what it asked for, on either event loop that a server may have.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 import pytest_asyncio
 import uvicorn
+import uvloop
 from starlette.types import Receive, Scope, Send
 
 from loramux_server.connections import BoundedProtocol
 
 HEADERS_S = 0.3
+WRITE_S = 0.5
+LARGE = 24 * 2**20  # more than the kernel's buffers take
 GET = b"GET /answer HTTP/1.1\r\nhost: x\r\n\r\n"
 PATIENCE_S = 10.0
 
 
 class Quick(BoundedProtocol):
     headers_s = HEADERS_S
-    write_s = 0.3
+    write_s = WRITE_S
     refused_body_s = 0.6
     max_header_bytes = 100_000
 
@@ -46,6 +53,9 @@ class App:
             if scope["path"] == "/much":
                 for _ in range(1000):
                     await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
+            elif scope["path"] == "/large":
+                await send({"type": "http.response.body", "body": bytes(LARGE)})
+                return
             await send({"type": "http.response.body", "body": b"ok"})
         finally:
             self.running -= 1
@@ -56,9 +66,11 @@ def app() -> App:
     return App()
 
 
-@pytest_asyncio.fixture
-async def port(app: App) -> AsyncIterator[int]:
-    settings = uvicorn.Config(app, http=Quick, ws="none", lifespan="off", log_config=None, access_log=False)
+@asynccontextmanager
+async def serving_at(app: App, **more: Any) -> AsyncIterator[int]:
+    settings = uvicorn.Config(
+        app, http=Quick, ws="none", lifespan="off", log_config=None, access_log=False, **more
+    )
     server = uvicorn.Server(settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))
@@ -67,6 +79,12 @@ async def port(app: App) -> AsyncIterator[int]:
         yield listener.getsockname()[1]
         server.should_exit = server.force_exit = True
         await serving
+
+
+@pytest_asyncio.fixture
+async def port(app: App) -> AsyncIterator[int]:
+    async with serving_at(app) as port:
+        yield port
 
 
 @asynccontextmanager
@@ -153,6 +171,45 @@ async def test_an_answer_that_nobody_takes(app: App, port: int) -> None:
             started = started or app.running > 0
             assert time.monotonic() < deadline, "the request is still there"
             await asyncio.sleep(0.01)
+
+
+async def large_answer(header: bytes, before_s: float, pause_s: float) -> int:
+    """Bytes of it that a client gets who looks away for so long, first and then after every mebibyte."""
+    got = 0
+    # No keep-alive: when the answer is complete for uvicorn, nearly all of it is still to be sent.
+    async with serving_at(App(), timeout_keep_alive=0) as port, connected(port) as (reader, writer):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /large HTTP/1.1\r\nhost: x\r\n" + header + b"\r\n")
+        await asyncio.sleep(before_s)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        with suppress(ConnectionResetError, asyncio.IncompleteReadError):
+            while True:
+                got += len(await asyncio.wait_for(reader.readexactly(2**20), PATIENCE_S))
+                await asyncio.sleep(pause_s)
+    return got
+
+
+Loop = Callable[[], asyncio.AbstractEventLoop]
+# The loop that servers have, and the one without uvloop; a connection that is kept, and one that ends with its answer.
+either_way = pytest.mark.parametrize(
+    ("loop", "header"),
+    [(uvloop.new_event_loop, b""), (asyncio.new_event_loop, b"connection: close\r\n")],
+    ids=["uvloop kept", "asyncio closed"],
+)
+
+
+@either_way
+def test_a_slow_client_gets_all_of_a_large_answer(loop: Loop, header: bytes) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        began = time.monotonic()
+        assert runner.run(large_answer(header, before_s=0, pause_s=WRITE_S / 8)) == LARGE
+        assert time.monotonic() - began > 2 * WRITE_S
+
+
+@either_way
+def test_a_large_answer_that_nobody_takes(loop: Loop, header: bytes) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(large_answer(header, before_s=3 * WRITE_S, pause_s=0)) < LARGE
 
 
 async def test_a_half_closed_connection_is_a_client_that_left(app: App, port: int) -> None:

@@ -208,7 +208,7 @@ def test_a_place_is_given_back_after_an_error() -> None:
         raise OSError("broken")
     with (
         limits.queued(someone()),
-        pytest.raises(RateLimited, match="1 requests waiting"),
+        pytest.raises(RateLimited, match="1 answers waiting"),
         limits.queued(someone()),
     ):
         pass

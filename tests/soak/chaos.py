@@ -34,6 +34,7 @@ PATIENCE_S = 180.0  # without a byte: what takes longer is a client that hangs
 PROMPTS = ("Once upon a time", "The capital of France is", "1, 2, 3, 4,")
 TOKENS = 24
 RESTART_S = 120.0
+ROOM_WITHOUT_CHECKPOINT = 512 * 1024  # a job's rows and events find room, its checkpoint does not
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Chaos:
                     self.until_ready()
                     time.sleep(self._random.uniform(0.5, 3.0))
                     os.kill(self.worker_pid(), signal.SIGKILL)
-                    time.sleep(0.2)
+                    # A process with much memory takes a while to go, and until then the front is ready.
+                    self._until(lambda: _status(f"{self.server.url}/ready") != 200, "nobody noticed", 30)
                 self.until_ready()
                 deadline = time.monotonic() + PATIENCE_S
                 while not tally.ends["finished"] and time.monotonic() < deadline:
@@ -130,8 +132,8 @@ class Chaos:
         assert tally.ends["finished"] + tally.ends["refused"] == 2 * capacity, tally.ends
         grown = (front.memory_info().rss - before) / 2**20
         assert grown < 64, f"the front grew by {grown:.0f} MiB"
-        told = round(1000 * statistics.median(refused)) if refused else None
-        return {**tally.ends, "refused after ms (median)": told, "front grew by MiB": round(grown, 1)}
+        told = [round(1000 * one) for one in (statistics.median(refused), max(refused))] if refused else None
+        return {**tally.ends, "refused after ms (median, most)": told, "front grew by MiB": round(grown, 1)}
 
     def slow_clients(self, each: int, wait_s: float) -> dict[str, object]:
         """Half a header, half a body, half a connection: others are answered; in `wait_s` the server has let them go."""
@@ -164,19 +166,26 @@ class Chaos:
         self._upload(f"room-{next(self._names)}", 201)
         with _filled(data):
             self._upload(f"no-room-{next(self._names)}", 507)
-            rows = json.dumps({"prompt": "x" * 60_000, "completion": "y"}).encode()
-            parts = {"file": ("rows.jsonl", rows)}
-            full = httpx.post(
-                f"{self.server.url}/v1/files", data={"purpose": "fine-tune"}, files=parts, timeout=60
-            )
+            full = self._upload_rows([{"prompt": "x" * 60_000, "completion": "y"}])
             assert full.status_code == 507, full.text
             export = httpx.post(f"{self.server.url}/v1/adapters/pirate/exports", json={}, timeout=60)
             assert export.status_code == 507, export.text
-            question = self._random.choice(self._questions)
-            answer = self._stream(*question)
-            assert (answer.how, answer.text) == ("finished", self._expected[question])
+            self._answers()
         self._upload(f"room-{next(self._names)}", 201)
         return {"upload, file, export": 507, "requests meanwhile": "answered"}
+
+    def checkpoint_without_room(self, data: Path) -> dict[str, object]:
+        """A job that cannot write its checkpoint is paused and says why; requests go on; resumed, it comes to its end."""
+        file = self._upload_rows([{"prompt": "one, two,", "completion": " three"}] * 4)
+        with _filled(data, room=ROOM_WITHOUT_CHECKPOINT):
+            job = self._create_job(file.raise_for_status().json()["id"])
+            self._until_job(job, "paused")
+            last = httpx.get(f"{self.server.url}/v1/fine_tuning/jobs/{job}/events").json()["data"][0]
+            assert "the job is paused, resume it" in last["message"], last
+            self._answers()
+        httpx.post(f"{self.server.url}/v1/fine_tuning/jobs/{job}/resume", timeout=60).raise_for_status()
+        self._until_job(job, "succeeded")
+        return {"job": "paused", "requests meanwhile": "answered", "job with room": "succeeded"}
 
     def nothing_left(self) -> dict[str, object]:
         """Once nobody asks: no sequence, no block, no slot is held."""
@@ -288,6 +297,34 @@ class Chaos:
         answer = httpx.post(f"{self.server.url}/v1/adapters", data={"name": name}, files=files, timeout=120)
         assert answer.status_code == status, answer.text[:500]
 
+    def _upload_rows(self, rows: list[dict[str, str]]) -> httpx.Response:
+        parts = {"file": ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())}
+        url = f"{self.server.url}/v1/files"
+        return httpx.post(url, data={"purpose": "fine-tune"}, files=parts, timeout=60)
+
+    def _create_job(self, file: str) -> str:
+        """Of two steps, with a checkpoint after each."""
+        chosen = {"n_epochs": 1, "max_steps": 2, "save_steps": 1, "batch_size": 2, "r": 4}
+        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
+        body = {"model": "demo", "training_file": file, "method": method}
+        answer = httpx.post(f"{self.server.url}/v1/fine_tuning/jobs", json=body, timeout=60)
+        job: str = answer.raise_for_status().json()["id"]
+        return job
+
+    def _until_job(self, job: str, status: str) -> None:
+        def reached() -> bool:
+            answer = httpx.get(f"{self.server.url}/v1/fine_tuning/jobs/{job}", timeout=60).raise_for_status()
+            shown = answer.json()
+            assert shown["status"] != "failed", shown
+            return bool(shown["status"] == status)
+
+        self._until(reached, f"the job is not {status}", 2 * PATIENCE_S)
+
+    def _answers(self) -> None:
+        question = self._random.choice(self._questions)
+        answer = self._stream(*question)
+        assert (answer.how, answer.text) == ("finished", self._expected[question])
+
     def _descriptors(self) -> int:
         return psutil.Process(self.server.process.pid).num_fds()
 
@@ -312,8 +349,8 @@ def _status(url: str) -> int:
 
 
 @contextmanager
-def _filled(directory: Path) -> Iterator[None]:
-    """No byte of its file system is free."""
+def _filled(directory: Path, room: int = 0) -> Iterator[None]:
+    """No byte of its file system is free, but for `room`."""
     filler = directory / "filler"
     with open(filler, "wb", buffering=0) as file:
         try:
@@ -323,6 +360,7 @@ def _filled(directory: Path) -> Iterator[None]:
                         file.write(b"\0" * size)
                     except OSError:
                         break
+            file.truncate(max(0, file.tell() - room))
             yield
         finally:
             filler.unlink()

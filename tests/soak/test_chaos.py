@@ -48,13 +48,21 @@ def told(request: pytest.FixtureRequest, what: str, figures: dict[str, object]) 
 
 
 def run(
-    request: pytest.FixtureRequest, chaos: Chaos, data: Path | None, *, kills: int, slow_s: float
+    request: pytest.FixtureRequest,
+    chaos: Chaos,
+    data: Path | None,
+    *,
+    kills: int,
+    slow_s: float,
+    trains: bool,
 ) -> None:
     told(request, "worker killed", chaos.workers_killed(kills))
     told(request, "twice the load it takes", chaos.overload(CAPACITY))
     told(request, "slow clients", chaos.slow_clients(20, slow_s))
     if data is not None:
         told(request, "disk full", chaos.disk_full(data))
+        if trains:
+            told(request, "no room for a checkpoint", chaos.checkpoint_without_room(data))
     told(request, "left over", chaos.nothing_left())
     told(request, "SIGTERM under load", chaos.terminated())
     log = chaos.server.log.read_text()
@@ -62,7 +70,7 @@ def run(
 
 
 def test_a_minute_of_chaos(request: pytest.FixtureRequest, server: Server, small_disk: Path | None) -> None:
-    run(request, Chaos(server, seed=0), small_disk, kills=1, slow_s=0)
+    run(request, Chaos(server, seed=0), small_disk, kills=1, slow_s=0, trains=False)
 
 
 @pytest.mark.soak
@@ -71,7 +79,7 @@ def test_chaos_for_long(
     request: pytest.FixtureRequest, soak_seed: int, server: Server, small_disk: Path | None
 ) -> None:
     kills: int = request.config.getoption("--kills")
-    run(request, Chaos(server, soak_seed), small_disk, kills=kills, slow_s=150)
+    run(request, Chaos(server, soak_seed), small_disk, kills=kills, slow_s=150, trains=True)
 
 
 @pytest.mark.soak

@@ -45,11 +45,10 @@ from loramux_server.engine.messages import (
 from loramux_server.engine.options import WorkerOptions
 from loramux_server.engine.pending import Pending
 from loramux_server.engine.process import start_worker, stop_worker
+from loramux_server.engine.restarts import Restarts
 from loramux_server.engine.watch import Watch, end_hanging
 
 logger = logging.getLogger(__name__)
-
-_RESTART_DELAY_S = (0.0, 1.0, 5.0, 15.0)  # the last one repeats
 
 
 class WorkerClient:
@@ -74,7 +73,7 @@ class WorkerClient:
         self._stats: EngineStats | None = None
         self._draining = False
         self._failure = ""
-        self._restarts = 0
+        self._restarts = Restarts()
         self._pending = Pending()
         self._pinned: list[AdapterRef] = []
         self._listeners: list[Callable[[StepOutput], None]] = []
@@ -107,7 +106,7 @@ class WorkerClient:
 
     @property
     def restarts(self) -> int:
-        return self._restarts
+        return self._restarts.total
 
     @property
     def worker_pid(self) -> int | None:
@@ -249,8 +248,8 @@ class WorkerClient:
 
     async def _relaunch(self) -> None:
         while True:
-            await asyncio.sleep(_RESTART_DELAY_S[min(self._restarts, len(_RESTART_DELAY_S) - 1)])
-            self._restarts += 1
+            await asyncio.sleep(self._restarts.delay())
+            self._restarts.count()
             self._failure = ""
             try:
                 await self._launch()
