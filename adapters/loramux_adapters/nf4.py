@@ -225,7 +225,19 @@ def cuda_matmul(device: torch.device, dtype: torch.dtype) -> MatMul:
 
     Asked at the first product of a base, which is a part of loading it.
     """
-    distance = distance_of(bnb_matmul, device, dtype)
+    try:
+        distance = distance_of(bnb_matmul, device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "NF4: bitsandbytes' fused product does not run on %s (%s); every product dequantizes its weight, which is "
+            "slower",
+            device,
+            reason,
+        )
+        return dequantized_matmul
     bound = ROUNDING[dtype]
     if distance <= bound:
         logger.info("NF4: bitsandbytes' fused product (relative error %.1g on a probe)", distance)
@@ -242,7 +254,7 @@ def cuda_matmul(device: torch.device, dtype: torch.dtype) -> MatMul:
 
 @torch.no_grad()
 def distance_of(
-    product: MatMul, device: torch.device, dtype: torch.dtype, counts: Iterable[int] = (1, 5, 33, 200)
+    product: MatMul, device: torch.device, dtype: torch.dtype, counts: Iterable[int] = (1, 5, 16, 33, 200)
 ) -> float:
     """The largest relative error of `product` for these numbers of rows, which choose different kernels."""
     generator = torch.Generator().manual_seed(0)

@@ -50,8 +50,10 @@ def choose_few_rows(model: nn.Module, dtype: torch.dtype) -> None:
             )
             return
         taken = [one for one in linears if takes(one.quantized)]
-        choose(taken, few_rows_matmul, cuda_matmul(device, dtype), device_seconds)
+        choose(taken, few_rows_matmul, cuda_matmul(device, dtype), partial(device_seconds, device))
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        for linear in linears:
+            linear.few_rows = frozenset()
         reason = str(error).partition("\n")[0] or type(error).__name__
         logger.warning("NF4: bitsandbytes' product for all rows; ours does not run here (%s)", reason)
 
@@ -90,14 +92,14 @@ def _each(product: MatMul, linears: Sequence[NF4Linear], x: torch.Tensor) -> Non
         product(x, linear.quantized, linear.bias)
 
 
-def device_seconds(work: Callable[[], object]) -> float:
+def device_seconds(device: torch.device, work: Callable[[], object]) -> float:
     """The best of a few rounds, after one that compiles."""
     work()
     best = float("inf")
     for _ in range(_ROUNDS):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         started = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return best

@@ -77,7 +77,8 @@ def _product(
 def takes(weight: NF4Weight) -> bool:
     """Whether the kernel multiplies with weights of this shape and quantization."""
     state = weight.state
-    return bool(state.nested) and state.blocksize == BLOCKSIZE and weight.shape[1] % _STEP == 0
+    codes = weight.packed.dtype == torch.uint8  # a checkpoint may hold the same bytes as another type
+    return codes and bool(state.nested) and state.blocksize == BLOCKSIZE and weight.shape[1] % _STEP == 0
 
 
 def few_rows_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -95,6 +95,9 @@ def decode(
 ) -> list[float]:
     """Seconds of one step in which a stream for each of `adapters` takes one token."""
     streams = len(adapters)
+    # Before the clock runs: streams whose adapter is there would decode their tokens away while others are read.
+    warm = [driver.add(driver.prompt(1), 1, one) for one in {a.generation: a for a in adapters if a}.values()]
+    driver.until_first(warm)
     new_tokens = decode_tokens(streams, steps, rounds)
     names = [driver.add(driver.prompt(context), new_tokens, adapter) for adapter in adapters]
     driver.until_first(names)

@@ -90,6 +90,7 @@ def create_key(
     typer.echo(key)
     who = "admin" if "admin" in record.scopes else f"tenant {record.tenant}"
     typer.echo(f"{record.id}: {who}, may {', '.join(record.scopes)}; it is not shown again", err=True)
+    typer.echo(f"for servers with --data-dir {store.data_dir}", err=True)
 
 
 @keys_app.command("list")

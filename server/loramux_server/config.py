@@ -86,9 +86,7 @@ class ServeConfig(BaseSettings):
     )
     rate_limit_requests: int | None = Field(None, ge=1, description="requests a minute, of each key")
     rate_limit_tokens: int | None = Field(None, ge=1, description="tokens a minute, of each key")
-    max_queued_per_key: int | None = Field(
-        None, ge=1, description="requests for answers at once, of each key"
-    )
+    max_queued_per_key: int | None = Field(None, ge=1, description="answers at once, of each key")
     max_adapters_per_tenant: int | None = Field(None, ge=1, description="adapters that a tenant may have")
     max_adapter_bytes_per_tenant: Bytes | None = Field(
         None, ge=1, description="size of a tenant's adapters with their earlier generations, such as 2GiB"

@@ -8,6 +8,8 @@ asked where it is read (`api/pace.py`). Clocks are the event loop's, which no ch
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,6 +18,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 HEADERS_S = 30.0  # from the first byte, or from the connection, to the end of the headers
 WRITE_S = 60.0  # after which a client that is sent more than the buffers hold is asked how much of it he took
 MIN_RATE = 1024  # bytes a second that he has to take
+# Bytes that the system takes from us before the client took those before: unbounded it takes megabytes at a time, and a slow
+# client seems to take nothing for minutes.
+UNSENT_BYTES = 32 * 1024
 REFUSED_BODY_S = 300.0  # in which the rest of a body may come that was answered already
 MAX_RAW_HEADER_BYTES = 256 * 1024  # above the bound that is answered in words (`api/middleware.py`)
 
@@ -66,6 +71,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        taking = transport.get_extra_info("socket")
+        if taking is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            with contextlib.suppress(OSError):  # not a TCP socket: a path in the file system, say
+                taking.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._part: _Part = "none"  # of a request, that is being read
         self._header_bytes = 0
         self._reading = _Clock(transport.abort)

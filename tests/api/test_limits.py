@@ -15,7 +15,7 @@ from loramux_server.engine.messages import TokenOutput
 from tests.api.conftest import Call, Stand
 
 LIMITS: list[tuple[str, object, object]] = [  # field, the most that is accepted, what is not
-    ("n", 16, 17),
+    ("n", 128, 129),
     ("stop", ["a", "b", "c", "d"], ["a", "b", "c", "d", "e"]),
     ("stop", "x" * 256, "x" * 257),
     ("stop_token_ids", [1] * 64, [1] * 65),

@@ -55,6 +55,10 @@ async def test_the_trainers_manifest_goes_where_the_model_goes(
             "/v1/adapters", data={"name": "back", "overwrite": "1"}, files={"archive": archive}
         )
         assert back.json()["generation"] == generation, back.text
+        # Who brings the same bytes is not told what somebody else trained them on.
+        archive = (await stand.client.get("/v1/adapters/back/download")).content
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            assert [Path(one).name for one in tar.getnames()] == [*ADAPTER_FILES]
 
         exports = ExportManager(tmp_path / f"exports-{step}", stand.catalog.registry, base)
         export = await exports.create(model, [(model, 1.0)], REQUEST, OPERATOR)

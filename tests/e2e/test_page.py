@@ -753,7 +753,7 @@ def test_keys_are_made_and_revoked(visit: Visit, make_key: MakeKey, shoot: Shoot
     expect(keys.get_by_role("button", name=f"Revoke {HOSTILE}")).to_be_visible()
     assert keys.locator("b, img").count() == 0
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
-    page.wait_for_function(f"document.documentElement.scrollWidth <= {PHONE[0]}")
+    page.wait_for_function(f"() => document.documentElement.scrollWidth <= {PHONE[0]}")
 
     other = visit.tab()  # which has a key of its own, or none
     other.goto(f"{visit.url}/#/adapters")

@@ -32,7 +32,7 @@ def test_decode_attention(
     dtype: torch.dtype,
     cuda: torch.device,
 ) -> None:
-    kernel = decode_kernel(cuda, dtype, block_size=16, kv_heads=kv_heads, head_dim=dim)
+    kernel = decode_kernel(cuda, dtype, block_size=16, heads=heads, kv_heads=kv_heads, head_dim=dim)
     assert kernel is not None
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 16, 17, 511, 1000])

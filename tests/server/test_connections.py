@@ -23,6 +23,7 @@ from loramux_server.connections import BoundedProtocol
 HEADERS_S = 0.3
 WRITE_S = 0.5
 LARGE = 24 * 2**20  # more than the kernel's buffers take
+STEADY_BYTES = 16 * 2**10
 GET = b"GET /answer HTTP/1.1\r\nhost: x\r\n\r\n"
 PATIENCE_S = 10.0
 
@@ -173,16 +174,24 @@ async def test_an_answer_that_nobody_takes(app: App, port: int) -> None:
             await asyncio.sleep(0.01)
 
 
-async def large_answer(header: bytes, before_s: float, pause_s: float) -> int:
-    """Bytes of it that a client gets who looks away for so long, first and then after every mebibyte."""
+async def large_answer(header: bytes, before_s: float, pause_s: float, steadily: int = 0) -> int:
+    """Bytes of it that a client gets who looks away for so long, first and then after every mebibyte.
+
+    Before those mebibytes he takes so many small pieces, `STEADY_BYTES` in 20 ms.
+    """
     got = 0
     # No keep-alive: when the answer is complete for uvicorn, nearly all of it is still to be sent.
     async with serving_at(App(), timeout_keep_alive=0) as port, connected(port) as (reader, writer):
         writer.transport.pause_reading()  # type: ignore[attr-defined]
+        # Else his system would take megabytes for him, and tell ours of it in large steps.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
         writer.write(b"GET /large HTTP/1.1\r\nhost: x\r\n" + header + b"\r\n")
         await asyncio.sleep(before_s)
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         with suppress(ConnectionResetError, asyncio.IncompleteReadError):
+            for _ in range(steadily):
+                got += len(await asyncio.wait_for(reader.readexactly(STEADY_BYTES), PATIENCE_S))
+                await asyncio.sleep(0.02)
             while True:
                 got += len(await asyncio.wait_for(reader.readexactly(2**20), PATIENCE_S))
                 await asyncio.sleep(pause_s)
@@ -204,6 +213,14 @@ def test_a_slow_client_gets_all_of_a_large_answer(loop: Loop, header: bytes) -> 
         began = time.monotonic()
         assert runner.run(large_answer(header, before_s=0, pause_s=WRITE_S / 8)) == LARGE
         assert time.monotonic() - began > 2 * WRITE_S
+
+
+@either_way
+def test_a_steady_client_is_seen_to_take(loop: Loop, header: bytes) -> None:
+    """What the system's buffers would take at a time is more than he takes in the time he has."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        steadily = 2**20 // STEADY_BYTES * 2
+        assert runner.run(large_answer(header, before_s=0, pause_s=0, steadily=steadily)) == LARGE
 
 
 @either_way

@@ -162,7 +162,7 @@ def test_the_reference_is_the_gathered_attention(window: int | None, softcap: fl
 
 # --- who gets to use it ---------------------------------------------------------------------------------------------
 
-SHAPE = {"block_size": 16, "kv_heads": 2, "head_dim": 32}
+SHAPE = {"block_size": 16, "heads": 4, "kv_heads": 2, "head_dim": 32}
 
 
 def test_without_cuda_no_kernel_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,22 +206,23 @@ def test_a_kernel_that_does_not_run_is_not_used_and_the_log_says_why(
     assert "and more" not in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["length", "table"])
-def test_the_probe_notices_a_kernel_that_reads_elsewhere(fault: str) -> None:
-    def attends(*tensors: torch.Tensor, scale: float, **_: object) -> None:
+@pytest.mark.parametrize("fault", ["length", "table", "window", "softcap"])
+def test_the_probe_notices_a_kernel_that_is_wrong(fault: str) -> None:
+    def attends(*tensors: torch.Tensor, **options: Any) -> None:
         query, store, table, lengths, out = tensors
         if fault == "length":
             lengths = (lengths - 1).clamp(min=1)
         if fault == "table":
             table = table.sort().values
-        out.copy_(reference(query, store, table, lengths, scale=scale))
+        options.pop(fault, None)
+        out.copy_(reference(query, store, table, lengths, **options))
 
     found = probe(attends, torch.device("cpu"), torch.bfloat16, **SHAPE)
     assert found > 0.1
 
 
 def test_the_probe_accepts_what_is_right() -> None:
-    def attends(*tensors: torch.Tensor, scale: float, **_: object) -> None:
-        tensors[-1].copy_(reference(*tensors[:-1], scale=scale))
+    def attends(*tensors: torch.Tensor, **options: Any) -> None:
+        tensors[-1].copy_(reference(*tensors[:-1], **options))
 
     assert probe(attends, torch.device("cpu"), torch.bfloat16, **SHAPE) < 5e-3

@@ -11,9 +11,15 @@ MANIFEST_FILE = "training_manifest.json"  # of a finished adapter
 PUBLISHED = "training"  # among the facts that a generation was published with: what its manifest says
 
 
-def published_manifest(facts: Mapping[str, object]) -> bytes | None:
-    """MANIFEST_FILE again, of a generation that was published with these facts; None if it was not trained here."""
+def published_manifest(facts: Mapping[str, object], job: str) -> bytes | None:
+    """What MANIFEST_FILE says beside what a generation has itself; None if `job` did not train it.
+
+    `facts` are what the generation was published with. Equal bytes are one generation, whoever brings them: what a job says
+    of its data is for those whose model came from it.
+    """
     manifest = facts.get(PUBLISHED)
-    if not isinstance(manifest, dict) or "validation" not in manifest:  # or before manifests were kept whole
+    if not isinstance(manifest, dict) or manifest.get("job") != job:
         return None
-    return json.dumps(manifest, indent=2).encode() + b"\n"
+    if "validation" not in manifest:  # published before manifests were kept whole
+        return None
+    return json.dumps(manifest).encode() + b"\n"

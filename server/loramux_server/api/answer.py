@@ -109,7 +109,8 @@ async def respond(
     `held` (the adapter's lease, the key's places in the queue) is given back when the last token was sent.
     """
     beside = len(ask.prompts) * ask.n - 1  # the gate has counted one
-    held.enter_context(api.limits.queued_beside(current_principal(), beside))
+    param = "prompt" if ask.n == 1 else "n"
+    held.enter_context(api.limits.queued_beside(current_principal(), beside, param))
     headers = ask.target.headers
     pieces = run(api.engine, ask, api.texts.pieces, api.metrics)
     if events is not None:

@@ -6,13 +6,14 @@ with `base:` before it. Anything else is 404, never the base instead; so is an a
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import anyio.to_thread
 
 from loramux_adapters.access import Access
 from loramux_adapters.errors import AdapterUnavailable, StorageError, UnknownAdapter
@@ -43,6 +44,8 @@ class ModelNames:
     def __init__(self, base_names: tuple[str, ...], adapters: AdapterDirectory) -> None:
         self.base_names = base_names
         self._adapters = adapters
+        # Threads of their own: requests for answers do not wait behind uploads.
+        self._lookups = anyio.CapacityLimiter(4)
 
     async def lease(self, name: str, held: ExitStack) -> Target:
         """The target of a request; an adapter's generation stays until `held` is closed."""
@@ -51,7 +54,7 @@ class ModelNames:
         lease = self._first_known(name, self._adapters.lease)
         held.callback(lease.release)
         record = lease.record
-        path = await asyncio.to_thread(self._path, record.generation)
+        path = await anyio.to_thread.run_sync(self._path, record.generation, limiter=self._lookups)
         return Target(record.name, AdapterRef(record.generation, str(path)))
 
     def _path(self, generation: str) -> Path:

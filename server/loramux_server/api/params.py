@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,9 @@ from loramux_server.engine.messages import Ready, SamplingParams
 from loramux_server.keys.principal import current_access
 
 Body = TypeVar("Body", bound=SamplingBody)
+# Of a list: a body may hold a million parts, and the header names no more than 32 fields.
+_LOOKED_AT = 1000
+
 AnyBody = TypeVar("AnyBody", bound=Strict)
 
 MAX_STOP_LENGTH = 256  # characters; the search for a stop string is linear in it for every token
@@ -59,7 +63,10 @@ def parse(model: type[AnyBody], values: dict[str, object]) -> AnyBody:
 
 
 def ignored_fields(body: Strict, refused: Collection[str] = ()) -> list[str]:
-    """Paths of the fields that nobody here knows, wherever they are; `[]` stands for every place of a list."""
+    """Paths of the fields that nobody here knows, wherever they are; `[]` stands for every place of a list.
+
+    Of a list the first thousand parts are looked at.
+    """
     return list(dict.fromkeys(path for path in _unknown(body, "") if path not in refused))
 
 
@@ -71,7 +78,7 @@ def _unknown(part: BaseModel, prefix: str) -> Iterator[str]:
             yield from _unknown(value, f"{path}.")
         # The first tells of all: prompts may be lists of a million token ids. Tools go to the template as they are.
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel) and path != "tools":
-            for one in value:
+            for one in islice(value, _LOOKED_AT):
                 yield from _unknown(one, f"{path}[].")
 
 

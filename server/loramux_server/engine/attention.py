@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import zeros_on_demand
-from loramux_server.engine.decode_kernel import decode_kernel
+from loramux_server.engine.decode_kernel import DecodeKernel
 
 NAME = "loramux_paged"
 
@@ -94,13 +94,13 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        decode: DecodeKernel | None = None,
     ) -> None:
+        """`decode` attends for decoding sequences; without one their blocks are gathered."""
         self.block_size = block_size
+        self.decode = decode
         shape = (num_blocks, block_size, 2, kv_heads, head_dim)
         self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
-        self.decode = decode_kernel(
-            device, dtype, block_size=block_size, kv_heads=kv_heads, head_dim=head_dim
-        )
 
     def write(
         self, layer: int, slots: torch.Tensor, begun: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from itertools import product
 from typing import Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
-
-_GROUP = 2  # query heads that share a KV head, in the probe
 
 
 class DecodeKernel(Protocol):
@@ -36,9 +35,12 @@ class DecodeKernel(Protocol):
 
 
 def decode_kernel(
-    device: torch.device, dtype: torch.dtype, *, block_size: int, kv_heads: int, head_dim: int
+    device: torch.device, dtype: torch.dtype, *, block_size: int, heads: int, kv_heads: int, head_dim: int
 ) -> DecodeKernel | None:
-    """The kernel for a cache of this shape on `device`, or None: not a CUDA device, or the kernel is of no use there."""
+    """The kernel for `heads` query heads over a cache of this shape on `device`.
+
+    None if that is not a CUDA device, or the kernel is of no use there.
+    """
     if device.type != "cuda":
         return None
     try:
@@ -49,7 +51,7 @@ def decode_kernel(
         logger.warning("decoding gathers the KV cache: Triton cannot be imported (%s)", error)
         return None
     try:
-        distance = probe(paged_decode, device, dtype, block_size, kv_heads, head_dim)
+        distance = probe(paged_decode, device, dtype, block_size, heads, kv_heads, head_dim)
     except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         logger.warning("decoding gathers the KV cache: the attention kernel does not run here (%s)", reason)
@@ -73,24 +75,31 @@ def probe(
     device: torch.device,
     dtype: torch.dtype,
     block_size: int,
+    heads: int,
     kv_heads: int,
     head_dim: int,
 ) -> float:
-    """The kernel's relative error on the worst of several sequences, in blocks that lie in disorder."""
+    """The kernel's relative error on the worst of several sequences, in blocks that lie in disorder.
+
+    With and without a window, with and without a cap: each is a kernel of its own, compiled before requests wait.
+    """
     lengths = torch.tensor([1, block_size, 2 * block_size + 1, 5 * block_size - 1])
     width = 5
     generator = torch.Generator().manual_seed(0)
     table = torch.randperm(len(lengths) * width, generator=generator).view(len(lengths), width)
     shape = (table.numel(), block_size, 2, kv_heads, head_dim)
     store = torch.randn(shape, generator=generator).to(device, dtype)
-    query = torch.randn(len(lengths), kv_heads * _GROUP, head_dim, generator=generator).to(device, dtype)
+    query = torch.randn(len(lengths), heads, head_dim, generator=generator).to(device, dtype)
     table, lengths = table.to(device), lengths.to(device)
     scale = head_dim**-0.5
-    out = torch.full_like(query, float("nan"))
-    kernel(query, store, table, lengths, out, scale=scale)
-    expected = reference(query, store, table, lengths, scale=scale)
-    errors = (out.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    return float(errors.max())  # NaN if any is
+    worst = torch.zeros((), device=device)
+    for window, softcap in product((None, block_size + 3), (None, 1.0)):  # a cap that such scores reach
+        out = torch.full_like(query, float("nan"))
+        kernel(query, store, table, lengths, out, scale=scale, window=window, softcap=softcap)
+        expected = reference(query, store, table, lengths, scale=scale, window=window, softcap=softcap)
+        errors = (out.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        worst = torch.maximum(worst, errors.max())  # NaN if any is
+    return float(worst)
 
 
 def reference(

@@ -201,7 +201,8 @@ class Engine:
             taken = self._take(item, list(islice(sampled, len(item.drafts) + 1))) if samples else []
             # Behind the last token that was taken the cache may hold drafts that were wrong: they are overwritten.
             sequence.num_computed += item.num_known + max(0, len(taken) - 1)
-            self.blocks.publish(sequence, start)
+            if taken or not samples:  # what gave no finite logits must not be found by those who begin alike
+                self.blocks.publish(sequence, start)
             if self.drafter is not None:
                 accepted = sum(one.token == draft for one, draft in zip(taken, item.drafts, strict=False))
                 self.drafter.verified(sequence, len(item.drafts), accepted)

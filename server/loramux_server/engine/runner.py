@@ -15,6 +15,7 @@ from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention import Chunk, KVCache, PagedBatch
+from loramux_server.engine.decode_kernel import decode_kernel
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
 
@@ -41,8 +42,18 @@ class ModelRunner:
     def __init__(self, base: ResidentBase, bank: AdapterBank, *, num_blocks: int, block_size: int) -> None:
         self.base = base
         self.bank = bank
-        layers, heads, head_dim = _kv_shape(base)
-        self.cache = KVCache(layers, num_blocks, block_size, heads, head_dim, base.dtype, base.device)
+        layers, kv_heads, head_dim = _kv_shape(base)
+        decode = decode_kernel(
+            base.device,
+            base.dtype,
+            block_size=block_size,
+            heads=base.config.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+        )
+        self.cache = KVCache(
+            layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device, decode
+        )
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
 

@@ -245,7 +245,7 @@ class ExportManager:
                 record = held.enter_context(self._registry.lease(model)).record
                 merged.append(MergedAdapter(record.name, record.generation, weight))
                 store = self._registry.store
-                trained = published_manifest(store.manifest(record.generation).info)
+                trained = published_manifest(store.manifest(record.generation).info, record.origin)
                 folder.keep(index, merged[-1], store.path(record.generation), trained)
             job = ExportJob(
                 id=folder.path.name,

@@ -85,13 +85,13 @@ class KeyLimits:
             yield
 
     @contextmanager
-    def queued_beside(self, who: Principal, answers: int) -> Iterator[None]:
+    def queued_beside(self, who: Principal, answers: int, param: str = "n") -> Iterator[None]:
         """The `answers` that a request wants beside its first. Raises RequestError when the key could never have as many."""
         most = self._limits.queued
         if most is not None and answers >= most:
             raise RequestError(
-                f"n: the request asks for {answers + 1} answers (prompts times n), and this key may have {most} at once",
-                param="n",
+                f"{param}: the request asks for {answers + 1} answers (prompts times n); this key may have {most} at once",
+                param=param,
             )
         with self._places(who, answers):
             yield

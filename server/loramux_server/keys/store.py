@@ -101,6 +101,7 @@ class KeyStore(DurableDatabase):
 
     def __init__(self, data_dir: Path) -> None:
         super().__init__(data_dir / FILE_NAME, _MIGRATIONS, "the key database")
+        self.data_dir = data_dir
         self._own_changes = 0
 
     def create(self, wanted: NewKey) -> tuple[KeyRecord, str]:

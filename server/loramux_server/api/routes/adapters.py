@@ -158,7 +158,7 @@ class AdapterRoutes:
             store, generation = self._visible.store, lease.record.generation
             path = await asyncio.to_thread(store.path, generation)
             facts = (await asyncio.to_thread(store.manifest, generation)).info
-            return AdapterDownload(lease, path, published_manifest(facts))
+            return AdapterDownload(lease, path, published_manifest(facts, lease.record.origin))
         except BaseException:
             lease.release()
             raise

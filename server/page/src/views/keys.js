@@ -110,15 +110,18 @@ function NewKey({ onClose }) {
   const [wanted, setWanted] = useState(EMPTY);
   const [made, setMade] = useState(null); // in this component alone: nobody finds it in the tab afterwards
   const [error, setError] = useState(null);
+  const [busy, setBusy] = useState(false);
   const change = (fields) => setWanted({ ...wanted, ...fields });
   const create = async (event) => {
     event.preventDefault();
     setError(null);
+    setBusy(true); // a second click would make a second key, which nobody is shown
     const body = Object.fromEntries(Object.entries(wanted).filter(([, value]) => value !== ""));
     try {
       setMade(await post("/v1/keys", body));
     } catch (failure) {
       setError(failure);
+      setBusy(false);
     }
   };
   if (made)
@@ -170,7 +173,7 @@ function NewKey({ onClose }) {
       <${Problem} error=${error} />
       <div class="row end">
         <button type="button" onClick=${onClose}>Cancel</button>
-        <button class="primary" disabled=${!wanted.scopes.length}>Make key</button>
+        <button class="primary" disabled=${busy || !wanted.scopes.length}>Make key</button>
       </div>
     </form>
   <//>`;

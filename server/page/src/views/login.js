@@ -9,8 +9,9 @@ export function Login() {
   const [typed, setTyped] = useState("");
   const enter = (event) => {
     event.preventDefault();
+    sessionStorage.clear();
     setKey(typed.trim());
-    location.reload(); // whoever was here before leaves nothing; a key that is refused brings this form back, with the reason
+    location.reload(); // whoever was here before leaves nothing, no prompt and no draft; a key that is refused brings this form back, with the reason
   };
   return html`<form class="panel login" onSubmit=${enter}>
     <h1>This server asks for a key</h1>

@@ -13,6 +13,7 @@ const answers = new Map(); // of this visit: [model, prompt] -> text
 export function Samples({ job, checkpoints }) {
   const [prompt, setPrompt] = useState(job.metadata?.sample_prompt ?? "");
   const [typed, setTyped] = useState(prompt);
+  const [times, setTimes] = useState(0); // asked by hand: what failed is asked again
   const [, redraw] = useState(0);
   const faults = useRef(new Map()).current; // by the same keys: one that is gone does not keep the others from answering
   const rows = [
@@ -44,10 +45,10 @@ export function Samples({ job, checkpoints }) {
       }
     })();
     return () => abort.abort();
-  }, [prompt, wanted.map((row) => row.model).join(), reconnections.value]);
+  }, [prompt, times, wanted.map((row) => row.model).join(), reconnections.value]);
   return html`<div class="panel">
     <h2>Samples</h2>
-    <form class="row" onSubmit=${(event) => (event.preventDefault(), setPrompt(typed.trim()))}>
+    <form class="row" onSubmit=${(event) => (event.preventDefault(), setPrompt(typed.trim()), setTimes(times + 1))}>
       <input
         type="text"
         class="grow"
