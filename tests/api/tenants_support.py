@@ -6,13 +6,14 @@ The engine is the fake trainer of `training_support.py`; exports are queued and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 from transformers import PreTrainedTokenizerFast
@@ -160,3 +161,12 @@ def served(app: FastAPI) -> list[tuple[str, str]]:
 
 def _only_refuses(route: BaseRoute) -> bool:
     return getattr(getattr(route, "endpoint", None), "__name__", "") == "refuse"
+
+
+@pytest.fixture
+async def stand(
+    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
+) -> AsyncIterator[TenantStand]:
+    stand = TenantStand.open(tmp_path, tiny_geometry, tokenizer)
+    yield stand
+    await stand.close()

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
-from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.store import GenerationStore
 from loramux_server.exports.jobs import JobFolder
 from tests.adapters.conftest import AdapterFiles, adapter_files, make_lora_weights, tiny_geometry
 from tests.api.catalog_support import contents, variant
-from tests.api.tenants_support import TenantStand
+from tests.api.tenants_support import TenantStand, stand
 from tests.api.training_support import PATIENCE_S
 
-__all__ = ["adapter_files", "make_lora_weights", "tiny_geometry"]  # fixtures
+__all__ = ["adapter_files", "make_lora_weights", "stand", "tiny_geometry"]  # fixtures
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-async def stand(
-    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
-) -> AsyncIterator[TenantStand]:
-    stand = TenantStand.open(tmp_path, tiny_geometry, tokenizer)
-    yield stand
-    await stand.close()
 
 
 @pytest.fixture

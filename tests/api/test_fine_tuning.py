@@ -40,17 +40,17 @@ def method(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
+async def polite(stand: TrainingStand, **more: Any) -> tuple[dict[str, Any], str, str]:
+    """A job, the file that it trains on and the one it is validated on."""
+    training, validation = await stand.upload(), await stand.upload(name="valid.jsonl")
+    recipe = method(n_epochs=1, r=4, learning_rate="auto")
+    files = {"training_file": training, "validation_file": validation}
+    return await stand.create(**files, suffix="polite", seed=7, method=recipe, **more), training, validation
+
+
 async def test_a_new_job_is_shown_as_it_was_asked_for(make: Make) -> None:
     stand = make(start=False)
-    training, validation = await stand.upload(), await stand.upload(name="valid.jsonl")
-    job = await stand.create(
-        training_file=training,
-        validation_file=validation,
-        suffix="polite",
-        seed=7,
-        metadata={"team": "a"},
-        method=method(n_epochs=1, r=4, learning_rate="auto"),
-    )
+    job, training, validation = await polite(stand, metadata={"team": "a"})
     assert job.pop("created_at") > 1.7e9
     hyperparameters = {"n_epochs": 1, "r": 4, "learning_rate": "auto", "batch_size": "auto"}
     hyperparameters["learning_rate_multiplier"] = "auto"
@@ -78,14 +78,7 @@ async def test_a_new_job_is_shown_as_it_was_asked_for(make: Make) -> None:
 
 async def test_the_life_of_a_job(make: Make, tiny_geometry: BaseGeometry) -> None:
     stand = make(gated=True)
-    training, validation = await stand.upload(), await stand.upload(name="valid.jsonl")
-    job = await stand.create(
-        training_file=training,
-        validation_file=validation,
-        suffix="polite",
-        seed=7,
-        method=method(n_epochs=1, r=4, learning_rate="auto"),
-    )
+    job, training, validation = await polite(stand)
     # the job has its own hold on the data
     for file_id in (training, validation):
         assert (await stand.client.delete(f"/v1/files/{file_id}")).status_code == 200

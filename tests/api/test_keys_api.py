@@ -19,23 +19,14 @@ from loramux_adapters.spec import BaseGeometry
 from loramux_server.keys.principal import SCOPES
 from tests.adapters.conftest import tiny_geometry
 from tests.api.conftest import build
-from tests.api.tenants_support import ADMIN, TenantStand, refused
+from tests.api.tenants_support import ADMIN, TenantStand, refused, stand
 
-__all__ = ["tiny_geometry"]  # a fixture
+__all__ = ["stand", "tiny_geometry"]  # fixtures
 
 FIELDS = {
     *("object", "id", "name", "tenant", "scopes", "state", "current", "created", "expires", "revoked"),
     *("requests_per_minute", "tokens_per_minute"),
 }
-
-
-@pytest.fixture
-async def stand(
-    tmp_path: Path, tiny_geometry: BaseGeometry, tokenizer: PreTrainedTokenizerFast
-) -> AsyncIterator[TenantStand]:
-    stand = TenantStand.open(tmp_path, tiny_geometry, tokenizer)
-    yield stand
-    await stand.close()
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,44 @@ from transformers import AutoModelForCausalLM
 from loramux_adapters.nf4 import NF4Weight
 from loramux_adapters.spec import AdapterSpec, BaseGeometry
 from loramux_adapters.weights import LoraWeights
-from loramux_server.engine.engine import Engine
+from loramux_server.base.loading import LoadOptions, load_base
+from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.messages import AdapterRef, AddRequest, SamplingParams, StepOutput, TokenOutput
+from loramux_server.engine.scheduler import SchedulerLimits
+from tests.adapters.training.support import chat, write_jsonl
 
 EngineFactory = Callable[..., Engine]
+
+
+@contextmanager
+def engines_on(tiny_model: Callable[[str], Path], device: str) -> Iterator[EngineFactory]:
+    """`make("llama", dtype=..., num_blocks=..., max_loras=...)`, in fp32 if no dtype is given."""
+    engines: list[Engine] = []
+
+    def make(architecture: str = "llama", *, dtype: str = "float32", **options: Any) -> Engine:
+        directory = str(tiny_model(architecture))
+        base = load_base(LoadOptions(model=directory, name="tiny", device=device, dtype=dtype))
+        limits = SchedulerLimits(options.pop("max_num_seqs", 16), options.pop("max_num_batched_tokens", 48))
+        chosen = {"num_blocks": 128, "max_model_len": 256, "lora_rows": 128, **options}
+        engines.append(Engine(base, EngineOptions(limits=limits, **chosen)))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def crowded_engine(tiny_model: Callable[[str], Path], **options: Any) -> Engine:
+    """Few KV blocks, two slots, small steps: everything has to be shared."""
+    base = load_base(LoadOptions(model=str(tiny_model("llama")), name="tiny", device="cpu", dtype="float32"))
+    narrow = {"num_blocks": 12, "max_model_len": 128, "max_loras": 2, "max_cpu_loras": 2, **options}
+    return Engine(base, EngineOptions(limits=SchedulerLimits(4, 24), **narrow))
+
+
+def write_colours(directory: Path) -> Path:
+    """A training file of a few short conversations."""
+    words = ["red", "green", "blue", "white", "black", "grey", "pink"]
+    return write_jsonl(directory / "data.jsonl", [chat(f"colour {w}", w * (1 + len(w) % 3)) for w in words])
 
 
 @dataclass(frozen=True)

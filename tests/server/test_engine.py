@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest, TokenOutput
-from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
+from tests.server.support import (
+    EngineFactory,
+    Recipe,
+    crowded_engine,
+    request,
+    run,
+    step,
+    tokens_of,
+    write_adapter,
+)
 
 # What may happen next: a new request (prompt length, adapter or base, tokens wanted), an abort, some steps.
 _ADD = st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(1, 20))
@@ -25,23 +34,12 @@ _EVENTS = st.lists(
 def crowded(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Engine, list[AdapterRef]]:
-    """Few KV blocks, two slots for four adapters: everything has to be shared."""
-    from loramux_server.base.loading import LoadOptions, load_base
-    from loramux_server.engine.engine import EngineOptions
-    from loramux_server.engine.scheduler import SchedulerLimits
-
-    base = load_base(LoadOptions(model=str(tiny_model("llama")), name="tiny", device="cpu", dtype="float32"))
-    options = EngineOptions(
-        num_blocks=12,
-        limits=SchedulerLimits(4, 24),
-        max_model_len=128,
-        max_loras=2,
-        lora_rows=12,
-        max_cpu_loras=2,
-    )
+    """Two slots for four adapters."""
+    engine = crowded_engine(tiny_model, lora_rows=12)
     directory = tmp_path_factory.mktemp("adapters")
-    refs = [write_adapter(directory / str(i), base.geometry, Recipe(r=4, seed=i)) for i in range(4)]
-    return Engine(base, options), refs
+    geometry = engine.base.geometry
+    refs = [write_adapter(directory / str(i), geometry, Recipe(r=4, seed=i)) for i in range(4)]
+    return engine, refs
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,7 +20,16 @@ from loramux_server.engine.messages import AdapterRef, AddRequest, TokenOutput
 from loramux_server.engine.options import SpeculativeConfig
 from loramux_server.engine.sampler import sample
 from loramux_server.engine.sequence import Draw, Scheduled
-from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
+from tests.server.support import (
+    EngineFactory,
+    Recipe,
+    crowded_engine,
+    request,
+    run,
+    step,
+    tokens_of,
+    write_adapter,
+)
 from tests.server.test_sampler import logits_row, reference, sequence
 
 NGRAM = SpeculativeConfig(method="ngram", num_speculative_tokens=5, prompt_lookup_max=3, prompt_lookup_min=1)
@@ -251,22 +260,8 @@ _EVENTS = st.lists(
 def crowded(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Engine, list[AdapterRef]]:
-    """Few KV blocks, two slots for three adapters, small steps."""
-    from loramux_server.base.loading import LoadOptions, load_base
-    from loramux_server.engine.engine import EngineOptions
-    from loramux_server.engine.scheduler import SchedulerLimits
-
-    base = load_base(LoadOptions(model=str(tiny_model("llama")), name="tiny", device="cpu", dtype="float32"))
-    options = EngineOptions(
-        num_blocks=12,
-        limits=SchedulerLimits(4, 24),
-        max_model_len=128,
-        max_loras=2,
-        lora_rows=16,
-        max_cpu_loras=2,
-        speculative_config=NGRAM,
-    )
-    engine = Engine(base, options)
+    """Two slots for three adapters."""
+    engine = crowded_engine(tiny_model, lora_rows=16, speculative_config=NGRAM)
     return engine, adapters(engine, tmp_path_factory.mktemp("adapters"))
 
 
