@@ -56,14 +56,20 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Directory of a random model of the named architecture, spread out enough that greedy tokens vary."""
-    made: dict[str, Path] = {}
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Directory of a random model of the named architecture, spread out enough that greedy tokens vary.
 
-    def make(architecture: str) -> Path:
-        if architecture not in made:
+    `layers` is another number of decoder layers than three.
+    """
+    made: dict[tuple[str, int | None], Path] = {}
+
+    def make(architecture: str, layers: int | None = None) -> Path:
+        if (architecture, layers) not in made:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(TINY_CONFIGS[architecture]())
+            config = TINY_CONFIGS[architecture]()
+            if layers is not None:
+                config.num_hidden_layers = layers
+            model = AutoModelForCausalLM.from_config(config)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if "norm" in name:
@@ -74,7 +80,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
                         parameter.normal_(0, 0.6 if "embed" in name else 0.15)
             directory = tmp_path_factory.mktemp("models") / f"tiny-{architecture}"
             model.save_pretrained(directory)
-            made[architecture] = directory
-        return made[architecture]
+            made[architecture, layers] = directory
+        return made[architecture, layers]
 
     return make

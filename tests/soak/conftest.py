@@ -7,7 +7,12 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak")
-    group.addoption("--steps", type=int, default=1_000_000, help="engine steps of the churn test")
+    group.addoption(
+        "--steps", type=int, default=1_000_000, help="engine steps of the churn test, all shards together"
+    )
+    group.addoption(
+        "--shards", type=int, default=1, help="parts of the churn test, each with a seed of its own"
+    )
     group.addoption("--kills", type=int, default=200, help="kill -9 of a real server")
     group.addoption("--seed", type=int, default=0)
 
@@ -16,3 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def soak_seed(request: pytest.FixtureRequest) -> int:
     seed: int = request.config.getoption("--seed", default=0)
     return seed
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "shard" in metafunc.fixturenames:
+        metafunc.parametrize("shard", range(metafunc.config.getoption("--shards", default=1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,10 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> World:
-    model = tiny_model("llama")
+def world(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> World:
+    model = tiny_model(
+        "llama", layers=1
+    )  # what changes hands is the same with one layer, three times as often
     geometry = load_base(LoadOptions(model=str(model), name="tiny", device="cpu", dtype="float32")).geometry
     directory = tmp_path_factory.mktemp("churn")
     targets: Sequence[tuple[str, ...] | None] = (None, ("q_proj", "v_proj"), ("down_proj", "up_proj"))
@@ -133,30 +136,40 @@ def test_a_generation_swept_under_a_request_is_noticed(
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_churn_for_long(
-    request: pytest.FixtureRequest, soak_seed: int, world: World, engine: Engine, registry: AdapterRegistry
+    request: pytest.FixtureRequest,
+    soak_seed: int,
+    shard: int,
+    world: World,
+    engine: Engine,
+    registry: AdapterRegistry,
 ) -> None:
-    steps: int = request.config.getoption("--steps")
-    churn = Churn(engine, registry, world.adapters, PROMPTS, world.expected, seed=soak_seed)
+    option = request.config.getoption
+    steps, seed = option("--steps") // option("--shards"), soak_seed * option("--shards") + shard
+    churn = Churn(engine, registry, world.adapters, PROMPTS, world.expected, seed=seed)
     descriptors = open_descriptors()
     started, resident = time.monotonic(), list[tuple[float, float]]()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nchurn: {steps} steps, seed {soak_seed}", flush=True)
+        _say(f"\nchurn {shard}: {steps} steps, seed {seed}")
         while churn.steps < steps:
             churn.run(min(10_000, steps - churn.steps), check_every=1000)
             passed = time.monotonic() - started
             resident.append((passed / 3600, resident_bytes() / 2**20))
-            rate = churn.steps / passed
-            print(f"  {churn.steps} steps, {rate:.0f} a second, {dict(churn.done)}", flush=True)
+            _say(
+                f"  churn {shard}: {churn.steps} steps, {churn.steps / passed:.0f} a second, {dict(churn.done)}"
+            )
         churn.drain()
         # The first tenth fills caches.
         settled = resident[len(resident) // 10 :]
         grown = settled[-1][1] - settled[0][1]
         slope = linear_regression(*zip(*settled, strict=True)).slope if len(settled) > 1 else 0.0
         slots = sum(slot.references for slot in engine.bank.tier.slots.values())
-        print(
-            f"  resident memory: {grown:+.1f} MiB, {slope:+.1f} MiB an hour; left over: "
-            f"{open_descriptors() - descriptors} descriptors, {engine.blocks.num_used} blocks, {slots} slots",
-            flush=True,
+        _say(
+            f"  churn {shard}: resident memory: {grown:+.1f} MiB, {slope:+.1f} MiB an hour; left over: "
+            f"{open_descriptors() - descriptors} descriptors, {engine.blocks.num_used} blocks, {slots} slots"
         )
     assert grown < LEAK_MIB, "memory grew while nothing did"
     assert open_descriptors() <= descriptors + 4, "descriptors leak"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # the output of a process of pytest-xdist is lost

@@ -59,6 +59,6 @@ def test_many_kills_of_the_whole_server(
             )
 
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nkills: {kills}, seed {soak_seed}", flush=True)
+        print(f"\nkills: {kills}, seed {soak_seed}", file=sys.stderr, flush=True)
         killer.run(kills, said)
     assert killer.ledger.cut > kills / 2
