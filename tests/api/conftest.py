@@ -97,6 +97,7 @@ class FakeEngine:
     stall: str | None = None
     stats: EngineStats | None = None
     not_ready: LoramuxError | None = None
+    full: LoramuxError | None = None
     calls: list[Call] = field(default_factory=list)
     pins: list[AdapterRef] = field(default_factory=list)
     listeners: list[Callable[[StepOutput], None]] = field(default_factory=list)
@@ -123,6 +124,10 @@ class FakeEngine:
             max_cpu_loras=8,
             lora_rows=64,
         )
+
+    def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     async def pin(self, adapters: Sequence[AdapterRef]) -> None:
         self.pins = list(adapters)

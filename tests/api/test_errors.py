@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -124,6 +125,25 @@ async def test_an_unknown_model_never_falls_back(client: httpx.AsyncClient, stan
             assert (error["code"], error["param"]) == ("model_not_found", "model")
             assert len(error["message"]) < 400
     assert stand.engine.calls == []
+
+
+async def test_a_full_engine_refuses_before_it_reads_the_body(stand: Stand) -> None:
+    stand.engine.full = QueueFull("the queue is full")
+    read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal read
+        read += 1
+        yield b"{}"
+
+    transport = httpx.ASGITransport(app=stand.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+            response = await client.post(path, content=body())
+            assert (response.status_code, envelope(response)["code"]) == (503, "queue_full")
+            assert response.headers["retry-after"] == "1"
+        assert read == 0
+        assert (await client.post("/tokenize", json={"prompt": "Hello"})).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

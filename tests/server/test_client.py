@@ -132,12 +132,15 @@ async def test_no_more_than_max_queued(client: WorkerClient) -> None:
     await until(lambda: client.in_flight == 6)
     with pytest.raises(QueueFull, match="6 requests"):
         await anext(client.generate("one too many", PROMPT, GREEDY, None))
+    with pytest.raises(QueueFull, match="6 requests"):
+        client.check_room()
     for future in waiting:
         future.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     for stream in streams:
         await stream.aclose()
     assert client.in_flight == 0
+    client.check_room()
     assert len(tokens(await collect(client, "after"))) == 8
 
 

@@ -109,7 +109,7 @@ def create_app(
             app.include_router(fine_tuning_router(api, catalog, jobs))
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _leave_to_envelope)
-    app.add_middleware(Gate, guard=guard)
+    app.add_middleware(Gate, guard=guard, engine=engine)
     app.add_middleware(Envelope, metrics=metrics, tracing=tracing)
     _describe(app, adapters=catalog, exports=exports, jobs=jobs, keys=guard.changes)
     return app

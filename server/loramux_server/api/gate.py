@@ -1,8 +1,8 @@
 """Who may call which route: the layer between the Envelope and the routes.
 
 Promises: a route runs with a principal or not at all, but for those that `scopes.py` says are open; without a key that has
-the route's scope the answer is 401 or 403, before a byte of the body is read. Limits of the key are counted here. Keys are
-never logged, and never part of an answer.
+the route's scope the answer is 401 or 403, before a byte of the body is read, and so is 503 while the engine is full. Limits of
+the key are counted here. Keys are never logged, and never part of an answer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from loramux_adapters.errors import AccessDenied
 from loramux_server.api.errors import InvalidKey
 from loramux_server.api.middleware import EXTRA_HEADERS
 from loramux_server.api.scopes import GENERATING, OPEN, scopes_of
+from loramux_server.engine.interface import EngineClient
 from loramux_server.keys.guard import Guard
 from loramux_server.keys.limits import RateLimited
 from loramux_server.keys.principal import Principal, acting_as
@@ -36,8 +37,9 @@ class MissingScope(AccessDenied):
 class Gate:
     """Wraps the routes."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, engine: EngineClient) -> None:
         self._app = app
+        self._engine = engine
         self._keys = guard.keys
         self._limits = guard.limits
 
@@ -59,6 +61,8 @@ class Gate:
                 f"this API key may not do that: it has the scopes {', '.join(sorted(who.scopes))}, and "
                 f"{' or '.join(needed)} is needed"
             )
+        if route in GENERATING:
+            self._engine.check_room()  # whoever cannot be served is told before his prompt is read
         await self._admitted(who, route, scope, receive, send)
 
     async def _admitted(

@@ -119,13 +119,16 @@ class WorkerClient:
         self._pinned = list(adapters)
         await self._tell(PinAdapters(self._pinned))  # the next worker is told when it is ready
 
+    def check_room(self) -> None:
+        if self.in_flight >= self._max_queued:
+            raise QueueFull(f"{self._max_queued} requests are being served already; try again shortly")
+
     async def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
     ) -> AsyncGenerator[TokenOutput, None]:
         if self._state != "ready":
             raise EngineError(f"the engine is {self._state}; try again shortly")
-        if self.in_flight >= self._max_queued:
-            raise QueueFull(f"{self._max_queued} requests are being served already; try again shortly")
+        self.check_room()
         output: TokenOutput | None = None
         with self._pending.stream(request_id, self._request_timeout) as outputs:
             try:

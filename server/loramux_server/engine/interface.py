@@ -48,6 +48,10 @@ class EngineClient(Protocol):
         """State after the latest step; None before the first."""
         ...
 
+    def check_room(self) -> None:
+        """Raises QueueFull while as much runs and waits as may."""
+        ...
+
     def generate(
         self, request_id: str, prompt: list[int], params: SamplingParams, adapter: AdapterRef | None
     ) -> AsyncGenerator[TokenOutput, None]:
