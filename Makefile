@@ -63,9 +63,9 @@ chaos: $(STAMP)  ## a server whose workers and front are killed, flooded, starve
 	$(BIN)/python -m pytest tests/soak/test_chaos.py -m soak --kills $(or $(KILLS),40) --seed $(SEED)
 
 soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server, 50 of an export; STEPS=, KILLS=, EXPORT_KILLS=, SEED=, JOBS=
-	$(BIN)/python -m pytest tests/soak/test_churn.py -m soak --numprocesses $(or $(JOBS),2) --shards $(or $(JOBS),2) \
-		--steps $(or $(STEPS),1000000) --seed $(SEED)
-	$(BIN)/python -m pytest tests/soak/test_kills.py -m soak --kills $(or $(KILLS),200) --seed $(SEED)
+	$(BIN)/python -m pytest tests/soak/test_churn.py tests/soak/test_kills.py -m soak \
+		--numprocesses $(or $(JOBS),2) --shards $(or $(JOBS),2) \
+		--steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)
 	SOAK_EXPORT_KILLS=$(or $(EXPORT_KILLS),50) $(BIN)/python -m pytest tests/adapters/export/test_resume.py -k killed_at_random
 
 ops-test: $(STAMP)  ## a real Prometheus scrapes a server and evaluates every query of deploy/; lints the Dockerfile

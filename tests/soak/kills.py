@@ -73,16 +73,17 @@ class ForkedFront:
 
 
 class WholeServer:
-    """`loramux serve demo`: a front and a worker with the embedded model. The front is what gets killed."""
+    """`loramux serve MODEL`: a front and a worker. The front is what gets killed."""
 
     own_files = frozenset({"server.log"})
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, model: Path) -> None:
         self.root = root
+        self._model = model
         self._server: Server | None = None
 
     def start(self) -> str:
-        self._server = start_server(self.root, ["demo", "--no-demo-adapters"])
+        self._server = start_server(self.root, [str(self._model)])
         return self._server.url
 
     def kill(self) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.adapters import model_directory, read_geometry
+from loadtests.adapters import read_geometry
 from loramux_adapters.errors import StorageError
+from tests.server.conftest import model_with_tokenizer
 from tests.soak import front
 from tests.soak.kills import ForkedFront, Killer, WholeServer
+
+__all__ = ["model_with_tokenizer"]  # a fixture
 
 KILLS = 10
 
@@ -43,22 +46,25 @@ def test_a_loss_is_noticed(damage: str, sign: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_many_kills_of_the_whole_server(
-    request: pytest.FixtureRequest, soak_seed: int, tmp_path: Path
+    request: pytest.FixtureRequest, soak_seed: int, shard: int, model_with_tokenizer: Path, tmp_path: Path
 ) -> None:
-    kills: int = request.config.getoption("--kills")
-    geometry = read_geometry(model_directory("demo"))
+    """Of a tiny base: what is killed is the same, and up again sooner."""
+    shards: int = request.config.getoption("--shards")
+    kills, seed = request.config.getoption("--kills") // shards, soak_seed * shards + shard
+    geometry = read_geometry(model_with_tokenizer)
     (tmp_path / "root").mkdir()
-    killer = Killer(WholeServer(tmp_path / "root"), geometry, tmp_path / "scratch", seed=soak_seed)
+    front = WholeServer(tmp_path / "root", model_with_tokenizer)
+    killer = Killer(front, geometry, tmp_path / "scratch", seed=seed)
 
     def said(number: int) -> None:
         if number % 10 == 0:
             print(
-                f"  {number} kills, {len(killer.ledger.acknowledged)} acknowledged, {killer.ledger.cut} cut",
+                f"  server {shard}: {number} kills, {len(killer.ledger.acknowledged)} acknowledged, {killer.ledger.cut} cut",
                 file=sys.stderr,
                 flush=True,
             )
 
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nkills: {kills}, seed {soak_seed}", file=sys.stderr, flush=True)
+        print(f"\nserver {shard}: {kills} kills, seed {seed}", file=sys.stderr, flush=True)
         killer.run(kills, said)
     assert killer.ledger.cut > kills / 2
