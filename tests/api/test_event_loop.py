@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from loramux_adapters.store import GenerationStore
+from loramux_server.api import body
 from loramux_server.exports.jobs import JobFolder
 from tests.adapters.conftest import AdapterFiles, adapter_files, make_lora_weights, tiny_geometry
 from tests.api.catalog_support import contents, variant
@@ -19,26 +21,32 @@ from tests.api.training_support import PATIENCE_S
 
 __all__ = ["adapter_files", "make_lora_weights", "stand", "tiny_geometry"]  # fixtures
 
+Watch = Callable[[Any, str], None]
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, int]]:
-    """What reads or removes files, and on which threads."""
-    seen: set[tuple[str, int]] = set()
+def threads() -> set[tuple[str, int]]:
+    """What was called that is watched, and on which threads."""
+    return set()
 
-    def watched(owner: Any, name: str) -> None:
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, threads: set[tuple[str, int]]) -> Watch:
+    """`watched(owner, name)`; what reads or removes files is."""
+
+    def watch(owner: Any, name: str) -> None:
         real = getattr(owner, name)
 
         def watching(*arguments: Any) -> Any:
-            seen.add((name, threading.get_ident()))
+            threads.add((name, threading.get_ident()))
             return real(*arguments)
 
         monkeypatch.setattr(owner, name, watching)
 
-    watched(GenerationStore, "manifest")
-    watched(JobFolder, "remove")
-    return seen
+    watch(GenerationStore, "manifest")
+    watch(JobFolder, "remove")
+    return watch
 
 
 def on_the_loop(seen: set[tuple[str, int]]) -> set[str]:
@@ -46,14 +54,18 @@ def on_the_loop(seen: set[tuple[str, int]]) -> set[str]:
 
 
 async def test_adapters_files_are_read_on_threads(
-    stand: TenantStand, adapter_files: AdapterFiles, tmp_path: Path, threads: set[tuple[str, int]]
+    stand: TenantStand,
+    adapter_files: AdapterFiles,
+    tmp_path: Path,
+    threads: set[tuple[str, int]],
+    watched: Watch,
 ) -> None:
     assert (
         await stand.upload("alice", "hers", contents(variant(adapter_files, 0), tmp_path / "a"))
     ).status_code == 201
     file = await stand.upload_rows("alice")
     job = {"model": "hers", "training_file": file}
-    for url, body in (
+    for url, asked in (
         ("/v1/completions", {"model": "hers", "prompt": "hi"}),
         ("/v1/chat/completions", {"model": "hers", "messages": MESSAGES}),
         ("/v1/responses", {"model": "tiny:hers", "input": "hi"}),
@@ -62,7 +74,7 @@ async def test_adapters_files_are_read_on_threads(
         ("/v1/adapters/hers/exports", {}),
     ):
         threads.clear()
-        await stand.ok("alice", "POST", url, json=body)
+        await stand.ok("alice", "POST", url, json=asked)
         assert ("manifest", on_the_loop(threads)) == ("manifest", set()), url
         assert threads, f"{url} reads nothing, and would show nothing"
     for url in ("/v1/adapters/hers", "/v1/adapters", "/v1/adapters/hers/download"):
@@ -70,8 +82,24 @@ async def test_adapters_files_are_read_on_threads(
     assert on_the_loop(threads) == set()
 
 
+async def test_a_long_body_is_parsed_on_a_thread(
+    stand: TenantStand, threads: set[tuple[str, int]], watched: Watch
+) -> None:
+    watched(body, "_check_depth")
+    for text in ("hi", "word " * body.LONG_BODY):
+        threads.clear()
+        answer = await stand.ask("alice", "POST", "/tokenize", json={"prompt": text})
+        assert answer.status_code == 200
+        assert {name for name, _ in threads} == {"_check_depth"}
+        assert on_the_loop(threads) == ({"_check_depth"} if text == "hi" else set())
+
+
 async def test_an_export_that_is_read_is_removed_on_a_thread(
-    stand: TenantStand, adapter_files: AdapterFiles, tmp_path: Path, threads: set[tuple[str, int]]
+    stand: TenantStand,
+    adapter_files: AdapterFiles,
+    tmp_path: Path,
+    threads: set[tuple[str, int]],
+    watched: Watch,
 ) -> None:
     await stand.upload("alice", "hers", contents(variant(adapter_files, 0), tmp_path / "a"))
     shown = await stand.ok("alice", "POST", "/v1/adapters/hers/exports", json={})

@@ -11,6 +11,7 @@ import pytest
 
 from loramux_server.api import pace
 from loramux_server.api.pace import MIN_RATE, BodyTimeout, paced
+from loramux_server.api.protocol import MAX_MESSAGES, MAX_PARTS
 from loramux_server.engine.messages import TokenOutput
 from tests.api.conftest import Call, Stand
 
@@ -40,6 +41,31 @@ async def test_a_bound(client: httpx.AsyncClient, field: str, most: object, more
     assert str(error["param"]).startswith(field)
     assert field in error["message"]
     assert len(error["message"]) < 300, "the input is repeated"
+
+
+def _said(parts: int) -> dict[str, object]:
+    return {"role": "user", "content": [{"type": "text", "text": ""}] * parts}
+
+
+@pytest.mark.parametrize(
+    ("messages", "where"),
+    [([_said(1)] * (MAX_MESSAGES + 1), ""), ([_said(MAX_PARTS + 1)], "[0].content")],
+    ids=["messages", "parts"],
+)
+async def test_what_a_conversation_is_made_of_is_bounded(
+    client: httpx.AsyncClient, messages: list[dict[str, object]], where: str
+) -> None:
+    for path, field in (
+        ("/v1/chat/completions", "messages"),
+        ("/tokenize", "messages"),
+        ("/v1/responses", "input"),
+    ):
+        refused = await client.post(path, json={"model": "tiny", field: messages})
+        assert refused.status_code == 400, path
+        assert refused.json()["error"]["param"] == field + where
+        assert "at most" in refused.json()["error"]["message"]
+    most = await client.post("/tokenize", json={"model": "tiny", "messages": [_said(MAX_PARTS)]})
+    assert most.status_code == 200, most.text[:300]
 
 
 async def test_prompts_times_choices_are_bounded_together(client: httpx.AsyncClient) -> None:

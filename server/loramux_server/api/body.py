@@ -6,6 +6,7 @@ fields mean is protocol.py's business.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from loramux_adapters.errors import RequestError
 from loramux_server.api.pace import paced
 
 MAX_DEPTH = 64
+LONG_BODY = 128 * 1024  # bytes; milliseconds of reading, which others are not to wait for
 
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -44,7 +46,10 @@ async def read_object(request: Request, limit: int) -> dict[str, object]:
         if size > limit:
             raise _too_large(limit)
         chunks.append(chunk)
-    return parse_object(b"".join(chunks))
+    raw = b"".join(chunks)
+    if size > LONG_BODY:
+        return await asyncio.to_thread(parse_object, raw)
+    return parse_object(raw)
 
 
 def parse_object(raw: bytes) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Who may call which route: the layer between the Envelope and the routes.
 
 Promises: a route runs with a principal or not at all, but for those that `scopes.py` says are open; without a key that has
-the route's scope the answer is 401 or 403, before a byte of the body is read, and so is 503 while the engine is full. Limits of
+the route's scope the answer is 401 or 403, and while the engine is full 503, before a byte of the body is read. Limits of
 the key are counted here. Keys are never logged, and never part of an answer.
 """
 

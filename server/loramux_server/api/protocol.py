@@ -186,6 +186,11 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
+# More could not be answered by any base, and each is an object of the event loop.
+MAX_MESSAGES = 16_384
+MAX_PARTS = 4_096
+
+
 class ContentPart(Strict):
     type: str
     text: str | None = None
@@ -193,7 +198,8 @@ class ContentPart(Strict):
 
 
 Content = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("@list")],
+    Annotated[str, Tag("@text")]
+    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("@list")],
     Discriminator(text_or_list),
 ]
 
@@ -251,7 +257,7 @@ class Message(Strict):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(None, ge=1, lt=INT31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -266,7 +272,9 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

@@ -12,6 +12,8 @@ from pydantic import Discriminator, Field, Tag
 
 from loramux_server.api.protocol import (
     INT31,
+    MAX_MESSAGES,
+    MAX_PARTS,
     UNSUPPORTED_SAMPLING,
     Sampling,
     Strict,
@@ -54,7 +56,8 @@ class InputPart(Strict):
 
 
 InputContent = Annotated[
-    Annotated[str, Tag("@text")] | Annotated[list[InputPart], Field(fail_fast=True), Tag("@list")],
+    Annotated[str, Tag("@text")]
+    | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("@list")],
     Discriminator(text_or_list),
 ]
 
@@ -160,7 +163,9 @@ class ResponsesBody(Sampling):
 
     input: Annotated[
         Annotated[str, Tag("@text")]
-        | Annotated[list[InputItem], Field(min_length=1, fail_fast=True), Tag("@list")],
+        | Annotated[
+            list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("@list")
+        ],
         Discriminator(text_or_list),
     ]
     instructions: str | None = None
