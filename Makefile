@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
 SEED ?= 0
 
@@ -10,14 +11,19 @@ SEED ?= 0
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-$(STAMP): pyproject.toml
+$(RUNTIME): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable .
+	touch $(RUNTIME)
+
+# What tests and benchmarks need takes longer to download than the server itself.
+$(STAMP): $(RUNTIME)
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)  ## start the server with the embedded model and its three demo adapters
+demo: $(RUNTIME)  ## start the server with the embedded model and its three demo adapters
 	$(BIN)/loramux serve demo
 
 test: $(STAMP)  ## lint, types and the whole test suite, two files at a time; JOBS= chooses
@@ -62,10 +68,10 @@ fuzz: $(STAMP)  ## 100,000 mutated uploads; CASES= and SEED= choose others
 chaos: $(STAMP)  ## a server whose workers and front are killed, flooded, starved and stopped; KILLS=, SEED=; half an hour
 	$(BIN)/python -m pytest tests/soak/test_chaos.py -m soak --kills $(or $(KILLS),40) --seed $(SEED)
 
-soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of the server, 50 of an export; STEPS=, KILLS=, EXPORT_KILLS=, SEED=, JOBS=
+soak: $(STAMP)  ## churn of 1,000,000 steps, 200 kills of a front, 40 of a server, 50 of an export; STEPS=, KILLS=, SERVER_KILLS=, EXPORT_KILLS=, SEED=, JOBS=
 	$(BIN)/python -m pytest tests/soak/test_churn.py tests/soak/test_kills.py -m soak \
 		--numprocesses $(or $(JOBS),2) --shards $(or $(JOBS),2) \
-		--steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --seed $(SEED)
+		--steps $(or $(STEPS),1000000) --kills $(or $(KILLS),200) --server-kills $(or $(SERVER_KILLS),40) --seed $(SEED)
 	SOAK_EXPORT_KILLS=$(or $(EXPORT_KILLS),50) $(BIN)/python -m pytest tests/adapters/export/test_resume.py -k killed_at_random
 
 ops-test: $(STAMP)  ## a real Prometheus scrapes a server and evaluates every query of deploy/; lints the Dockerfile

@@ -13,7 +13,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--shards", type=int, default=1, help="parts of the churn test, each with a seed of its own"
     )
-    group.addoption("--kills", type=int, default=200, help="kill -9 of a real server, all shards together")
+    group.addoption("--kills", type=int, default=200, help="kill -9, all shards together")
+    group.addoption("--server-kills", type=int, default=40, help="kill -9 of whole servers during uploads")
     group.addoption("--seed", type=int, default=0)
 
 

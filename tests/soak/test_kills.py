@@ -1,4 +1,4 @@
-"""kill -9 in the middle of uploads: ten times a small front for every run, hundreds of times the server for `make soak`."""
+"""kill -9 in the middle of uploads: ten times a small front for every run, and for `make soak` often, servers too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from loadtests.adapters import read_geometry
 from loramux_adapters.errors import StorageError
+from loramux_adapters.spec import BaseGeometry
 from tests.server.conftest import model_with_tokenizer
 from tests.soak import front
-from tests.soak.kills import ForkedFront, Killer, WholeServer
+from tests.soak.kills import ForkedFront, Front, Killer, WholeServer
 
 __all__ = ["model_with_tokenizer"]  # a fixture
 
@@ -45,26 +46,42 @@ def test_a_loss_is_noticed(damage: str, sign: str, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
+def test_many_kills_of_the_front(
+    request: pytest.FixtureRequest, soak_seed: int, shard: int, tmp_path: Path
+) -> None:
+    _kill(request, ForkedFront(tmp_path / "root"), front.GEOMETRY, "--kills", soak_seed, shard)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
 def test_many_kills_of_the_whole_server(
     request: pytest.FixtureRequest, soak_seed: int, shard: int, model_with_tokenizer: Path, tmp_path: Path
 ) -> None:
     """Of a tiny base: what is killed is the same, and up again sooner."""
+    server = WholeServer(tmp_path / "root", model_with_tokenizer)
+    _kill(request, server, read_geometry(model_with_tokenizer), "--server-kills", soak_seed, shard)
+
+
+def _kill(
+    request: pytest.FixtureRequest, victim: Front, geometry: BaseGeometry, option: str, seed: int, shard: int
+) -> None:
+    """This shard's part of as many kills as `option` says."""
     shards: int = request.config.getoption("--shards")
-    kills, seed = request.config.getoption("--kills") // shards, soak_seed * shards + shard
-    geometry = read_geometry(model_with_tokenizer)
-    (tmp_path / "root").mkdir()
-    front = WholeServer(tmp_path / "root", model_with_tokenizer)
-    killer = Killer(front, geometry, tmp_path / "scratch", seed=seed)
+    kills, seed = request.config.getoption(option) // shards, seed * shards + shard
+    victim.root.mkdir()
+    killer = Killer(victim, geometry, victim.root.with_name("scratch"), seed)
+    title = f"{type(victim).__name__} {shard}"
 
     def said(number: int) -> None:
         if number % 10 == 0:
-            print(
-                f"  server {shard}: {number} kills, {len(killer.ledger.acknowledged)} acknowledged, {killer.ledger.cut} cut",
-                file=sys.stderr,
-                flush=True,
-            )
+            ledger = killer.ledger
+            _say(f"  {title}: {number} kills, {len(ledger.acknowledged)} acknowledged, {ledger.cut} cut")
 
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nserver {shard}: {kills} kills, seed {seed}", file=sys.stderr, flush=True)
+        _say(f"\n{title}: {kills} kills, seed {seed}")
         killer.run(kills, said)
     assert killer.ledger.cut > kills / 2
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # the output of a process of pytest-xdist is lost
