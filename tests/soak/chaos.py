@@ -1,24 +1,21 @@
 """What happens to a real server, and what must be true of it meanwhile: every request ends, answers that finish are right.
 
 Each method is one kind of trouble over the same running server; it raises AssertionError for what may not happen and returns
-figures to be printed. Greedy answers are compared with those that the server gave in peace, so it has to compute in fp32.
+figures to be printed.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import socket
 import statistics
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from urllib.parse import urlsplit
@@ -26,43 +23,11 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from loramux_adapters.adapter_files import ADAPTER_FILES
-from loramux_adapters.demo import demo_adapters
 from tests.e2e.conftest import Server
+from tests.soak.chaos_client import PATIENCE_S, ChaosClient, Tally, status_of, until
 
-PATIENCE_S = 180.0  # without a byte: what takes longer is a client that hangs
-PROMPTS = ("Once upon a time", "The capital of France is", "1, 2, 3, 4,")
-TOKENS = 24
 RESTART_S = 120.0
 ROOM_WITHOUT_CHECKPOINT = 512 * 1024  # a job's rows and events find room, its checkpoint does not
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a stream ended: `finished`, `error` (told in an event), `refused` (another status), `cut` or `hung`."""
-
-    how: str
-    text: str
-    accepted: bool
-    detail: str = ""
-
-
-@dataclass
-class Tally:
-    """What many streams came to."""
-
-    ends: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def add(self, end: Ended, expected: str, *, cut_is_wrong: bool = True) -> None:
-        self.ends[end.how] += 1
-        if end.how == "finished" and end.text != expected:
-            self.faults.append(f"{end.text!r} is not {expected!r}")
-        if end.how == "hung" or (end.how == "cut" and cut_is_wrong):
-            self.faults.append(f"a stream {end.how} after {end.text!r}: {end.detail}")
-
-    def check(self) -> None:
-        assert not self.faults, self.faults[:3]
 
 
 class Chaos:
@@ -70,11 +35,7 @@ class Chaos:
 
     def __init__(self, server: Server, seed: int) -> None:
         self.server = server
-        self._random = Random(seed)
-        self._models = ["demo", *sorted(demo_adapters())]
-        self._questions = list(itertools.product(self._models, PROMPTS))
-        self._expected = {question: self._ask(*question) for question in self._questions}
-        assert len(set(self._expected.values())) > len(self._models), "the adapters answer alike"
+        self._client = ChaosClient(server.url, seed)
         self._names = itertools.count()
 
     # --- the troubles ----------------------------------------------------------------------------------------------
@@ -88,10 +49,10 @@ class Chaos:
             try:
                 for _ in range(kills):
                     self.until_ready()
-                    time.sleep(self._random.uniform(0.5, 3.0))
+                    time.sleep(self._client.random.uniform(0.5, 3.0))
                     os.kill(self.worker_pid(), signal.SIGKILL)
                     # A process with much memory takes a while to go, and until then the front is ready.
-                    self._until(lambda: _status(f"{self.server.url}/ready") != 200, "nobody noticed", 30)
+                    until(lambda: status_of(f"{self.server.url}/ready") != 200, "nobody noticed", 30)
                 self.until_ready()
                 deadline = time.monotonic() + PATIENCE_S
                 while not tally.ends["finished"] and time.monotonic() < deadline:
@@ -119,19 +80,19 @@ class Chaos:
         def one(number: int) -> None:
             with httpx.Client(timeout=PATIENCE_S) as client:
                 together.wait()
-                self._counted(tally, number, client)
+                self._client.counted(tally, number, client)
 
         with ThreadPoolExecutor(2 * capacity) as pool:
             for task in [pool.submit(one, number) for number in range(2 * capacity)]:
                 task.result()
             assert tally.ends["finished"] >= capacity, tally.ends
-            asking = [pool.submit(self._counted, tally, number) for number in range(capacity)]
-            self._until(lambda: self._accepted() >= capacity, "not all streams were accepted", 30)
+            asking = [pool.submit(self._client.counted, tally, number) for number in range(capacity)]
+            until(lambda: self._accepted() >= capacity, "not all streams were accepted", 30)
             refused = []
             with httpx.Client(timeout=PATIENCE_S) as client:
                 for number in range(capacity):
                     began = time.monotonic()
-                    if self._counted(tally, number, client) == "refused":
+                    if self._client.counted(tally, number, client) == "refused":
                         refused.append(1000 * (time.monotonic() - began))
             for counted in asking:
                 counted.result()
@@ -143,19 +104,11 @@ class Chaos:
         told = f"{statistics.median(refused):.0f}, {max(refused):.0f}"
         return {**tally.ends, "refused after ms (median, most)": told, "front grew by MiB": round(grown, 1)}
 
-    def _counted(self, tally: Tally, number: int, client: httpx.Client | None = None) -> str:
-        """One stream and how it ended."""
-        question = self._questions[number % len(self._questions)]
-        end = self._stream(*question, client=client)
-        assert end.how != "refused" or end.detail in ("429", "503"), end
-        tally.add(end, self._expected[question])
-        return end.how
-
     def slow_clients(self, each: int, wait_s: float) -> dict[str, object]:
         """Half a header, half a body, half a connection: others are answered; in `wait_s` the server has let them go."""
         descriptors = self._descriptors()
         address = urlsplit(self.server.url)
-        question = self._questions[0]
+        question = self._client.questions[0]
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         halves = [head, head + b"content-length: 1000\r\n\r\n{", head + b"content-length: 2\r\n\r\n{}"]
         with ExitStack() as held:
@@ -167,45 +120,45 @@ class Chaos:
                 if number % len(halves) == 2:
                     connection.shutdown(socket.SHUT_WR)
             began = time.monotonic()
-            answer = self._stream(*question)
-            assert (answer.how, answer.text) == ("finished", self._expected[question])
+            answer = self._client.stream(*question)
+            assert (answer.how, answer.text) == ("finished", self._client.expected[question])
             seconds = time.monotonic() - began
             deadline = time.monotonic() + wait_s
             while wait_s and self._descriptors() > descriptors + 4:
                 assert time.monotonic() < deadline, "slow clients still hold their connections"
                 time.sleep(1)
-        self._until(lambda: self._descriptors() <= descriptors + 4, "descriptors leak", 30)
+        until(lambda: self._descriptors() <= descriptors + 4, "descriptors leak", 30)
         return {"connections": each * len(halves), "others answered after s": round(seconds, 2)}
 
     def disk_full(self, data: Path) -> dict[str, object]:
         """Uploads and exports are refused with 507 while there is no room; requests go on; then all is well again."""
-        self._upload(f"room-{next(self._names)}", 201)
+        self._client.upload(f"room-{next(self._names)}", 201)
         with _filled(data):
-            self._upload(f"no-room-{next(self._names)}", 507)
-            full = self._upload_rows([{"prompt": "x" * 60_000, "completion": "y"}])
+            self._client.upload(f"no-room-{next(self._names)}", 507)
+            full = self._client.upload_rows([{"prompt": "x" * 60_000, "completion": "y"}])
             assert full.status_code == 507, full.text
             export = httpx.post(f"{self.server.url}/v1/adapters/pirate/exports", json={}, timeout=60)
             assert export.status_code == 507, export.text
-            self._answers()
-        self._upload(f"room-{next(self._names)}", 201)
+            self._client.answers()
+        self._client.upload(f"room-{next(self._names)}", 201)
         return {"upload, file, export": 507, "requests meanwhile": "answered"}
 
     def checkpoint_without_room(self, data: Path) -> dict[str, object]:
         """A job that cannot write its checkpoint is paused and says why; requests go on; resumed, it comes to its end."""
-        file = self._upload_rows([{"prompt": "one, two,", "completion": " three"}] * 4)
+        file = self._client.upload_rows([{"prompt": "one, two,", "completion": " three"}] * 4)
         with _filled(data, room=ROOM_WITHOUT_CHECKPOINT):
-            job = self._create_job(file.raise_for_status().json()["id"])
-            self._until_job(job, "paused")
+            job = self._client.create_job(file.raise_forstatus_of().json()["id"])
+            self._client.until_job(job, "paused")
             last = httpx.get(f"{self.server.url}/v1/fine_tuning/jobs/{job}/events").json()["data"][0]
             assert "the job is paused, resume it" in last["message"], last
-            self._answers()
-        httpx.post(f"{self.server.url}/v1/fine_tuning/jobs/{job}/resume", timeout=60).raise_for_status()
-        self._until_job(job, "succeeded")
+            self._client.answers()
+        httpx.post(f"{self.server.url}/v1/fine_tuning/jobs/{job}/resume", timeout=60).raise_forstatus_of()
+        self._client.until_job(job, "succeeded")
         return {"job": "paused", "requests meanwhile": "answered", "job with room": "succeeded"}
 
     def nothing_left(self) -> dict[str, object]:
         """Once nobody asks: no sequence, no block, no slot is held."""
-        self._ask(*self._questions[0])
+        self._client.ask(*self._client.questions[0])
         left = {}
         for name in (
             "num_requests_running",
@@ -224,15 +177,15 @@ class Chaos:
         with ThreadPoolExecutor(streams) as pool:
             tasks = []
             for number in range(streams):
-                question = self._questions[number % len(self._questions)]
+                question = self._client.questions[number % len(self._client.questions)]
                 tasks.append((question, pool.submit(self._stream, *question)))
-            self._until(lambda: self._accepted() >= streams, "not all streams were accepted", 30)
+            until(lambda: self._accepted() >= streams, "not all streams were accepted", 30)
             self.server.process.send_signal(signal.SIGTERM)
-            self._until(lambda: _status(f"{self.server.url}/ready") != 200, "SIGTERM changed nothing", 30)
-            late = self._stream(*self._questions[0])
+            until(lambda: status_of(f"{self.server.url}/ready") != 200, "SIGTERM changed nothing", 30)
+            late = self._client.stream(*self._client.questions[0])
             assert late.how == "refused" or not late.accepted, late
             for question, task in tasks:
-                tally.add(task.result(), self._expected[question])
+                tally.add(task.result(), self._client.expected[question])
         tally.check()
         assert tally.ends == {"finished": streams}, tally.ends
         code = self.server.process.wait(timeout=120)
@@ -242,9 +195,7 @@ class Chaos:
     # --- below -----------------------------------------------------------------------------------------------------
 
     def until_ready(self) -> None:
-        self._until(
-            lambda: _status(f"{self.server.url}/ready") == 200, "the worker did not come back", RESTART_S
-        )
+        until(lambda: status_of(f"{self.server.url}/ready") == 200, "the worker did not come back", RESTART_S)
 
     def worker_pid(self) -> int:
         children = psutil.Process(self.server.process.pid).children()
@@ -255,113 +206,19 @@ class Chaos:
         questions = Random(number)
         with httpx.Client(timeout=PATIENCE_S) as client:
             while not enough.is_set():
-                question = questions.choice(self._questions)
-                end = self._stream(*question, client=client)
-                tally.add(end, self._expected[question])
+                question = questions.choice(self._client.questions)
+                end = self._client.stream(*question, client=client)
+                tally.add(end, self._client.expected[question])
                 if end.how == "refused":
                     enough.wait(0.3)
-
-    def _stream(
-        self,
-        model: str,
-        prompt: str,
-        *,
-        client: httpx.Client | None = None,
-    ) -> Ended:
-        body = _body(model, prompt) | {"stream": True}
-        text, accepted, finished = "", False, False
-        with ExitStack() as stack:
-            http = client or stack.enter_context(httpx.Client(timeout=PATIENCE_S))
-            try:
-                with http.stream("POST", f"{self.server.url}/v1/completions", json=body) as answer:
-                    if answer.status_code != 200:
-                        answer.read()
-                        return Ended("refused", "", False, str(answer.status_code))
-                    for line in answer.iter_lines():
-                        said = line.removeprefix("data: ")
-                        if not said or said == "[DONE]":
-                            continue
-                        accepted = True
-                        event = json.loads(said)
-                        if "error" in event:
-                            return Ended("error", text, True, event["error"]["message"])
-                        text += event["choices"][0]["text"]
-                        finished = finished or event["choices"][0]["finish_reason"] is not None
-            except httpx.TimeoutException as error:
-                return Ended("hung", text, accepted, repr(error))
-            except httpx.TransportError as error:
-                return Ended("cut", text, accepted, repr(error))
-        if finished:
-            return Ended("finished", text, True)
-        return Ended("cut", text, accepted, "the stream ended without a finish or an error")
 
     def _accepted(self) -> float:
         """Requests that the engine has, as of its latest step."""
         metrics = self.server.metrics()
         return metrics["loramux_num_requests_running"] + metrics["loramux_num_requests_waiting"]
 
-    def _ask(self, model: str, prompt: str) -> str:
-        answer = httpx.post(
-            f"{self.server.url}/v1/completions", json=_body(model, prompt), timeout=PATIENCE_S
-        )
-        text: str = answer.raise_for_status().json()["choices"][0]["text"]
-        return text
-
-    def _upload(self, name: str, status: int) -> None:
-        source = demo_adapters()["pirate"]
-        files = [(file, (file, (source / file).read_bytes())) for file in ADAPTER_FILES]
-        answer = httpx.post(f"{self.server.url}/v1/adapters", data={"name": name}, files=files, timeout=120)
-        assert answer.status_code == status, answer.text[:500]
-
-    def _upload_rows(self, rows: list[dict[str, str]]) -> httpx.Response:
-        parts = {"file": ("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())}
-        url = f"{self.server.url}/v1/files"
-        return httpx.post(url, data={"purpose": "fine-tune"}, files=parts, timeout=60)
-
-    def _create_job(self, file: str) -> str:
-        """Of two steps, with a checkpoint after each."""
-        chosen = {"n_epochs": 1, "max_steps": 2, "save_steps": 1, "batch_size": 2, "r": 4}
-        method = {"type": "supervised", "supervised": {"hyperparameters": chosen}}
-        body = {"model": "demo", "training_file": file, "method": method}
-        answer = httpx.post(f"{self.server.url}/v1/fine_tuning/jobs", json=body, timeout=60)
-        job: str = answer.raise_for_status().json()["id"]
-        return job
-
-    def _until_job(self, job: str, status: str) -> None:
-        def reached() -> bool:
-            answer = httpx.get(f"{self.server.url}/v1/fine_tuning/jobs/{job}", timeout=60).raise_for_status()
-            shown = answer.json()
-            assert shown["status"] != "failed", shown
-            return bool(shown["status"] == status)
-
-        self._until(reached, f"the job is not {status}", 2 * PATIENCE_S)
-
-    def _answers(self) -> None:
-        question = self._random.choice(self._questions)
-        answer = self._stream(*question)
-        assert (answer.how, answer.text) == ("finished", self._expected[question])
-
     def _descriptors(self) -> int:
         return psutil.Process(self.server.process.pid).num_fds()
-
-    def _until(self, condition: Callable[[], bool], complaint: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, complaint
-            time.sleep(0.1)
-
-
-def _body(model: str, prompt: str) -> dict[str, object]:
-    return {
-        "model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
-    }  # fmt: skip
-
-
-def _status(url: str) -> int:
-    try:
-        return httpx.get(url, timeout=10).status_code
-    except httpx.TransportError:
-        return 0
 
 
 @contextmanager
