@@ -6,12 +6,12 @@ fields mean is protocol.py's business.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
 from typing import NoReturn
 
+import anyio.to_thread
 from starlette.requests import Request
 
 from loramux_adapters.errors import RequestError
@@ -48,7 +48,7 @@ async def read_object(request: Request, limit: int) -> dict[str, object]:
         chunks.append(chunk)
     raw = b"".join(chunks)
     if size > LONG_BODY:
-        return await asyncio.to_thread(parse_object, raw)
+        return await anyio.to_thread.run_sync(parse_object, raw)  # asyncio's few threads may all take uploads
     return parse_object(raw)
 
 
