@@ -15,7 +15,7 @@ $(RUNTIME): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loramux needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -m pip install --editable '.[demo]'
 	touch $(RUNTIME)
 
 # What tests and benchmarks need takes longer to download than the server itself.
