@@ -68,6 +68,8 @@ class AdapterFolders:
 
     async def watch(self) -> None:
         """Scan whenever something changes below the folders, for as long as the task runs."""
+        if not self._directories:
+            return
         changes = awatch(*self._directories, rust_timeout=int(_RESCAN_S * 1000), yield_on_timeout=True)
         async for _ in changes:
             report = await asyncio.to_thread(self.scan)

@@ -13,7 +13,8 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,55 +81,81 @@ async def _serve(
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    catalog: AdapterCatalog | None = None
-    jobs: JobManager | None = None
     door.start()
     started = asyncio.create_task(client.start())
     stopped = asyncio.create_task(stop.wait())
-    try:
-        tokenizer, template = await asyncio.to_thread(_read_tokenizer, config, model)
-        await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
-            return
-        ready = started.result()
-        catalog = _open_catalog(config, client, metrics, tokenizer)
-        folders = AdapterFolders(catalog, config.adapter_dir)
-        await asyncio.to_thread(_import_adapters, folders, config)
-        await catalog.keep_pinned()
-        exports = await asyncio.to_thread(_open_exports, config, model, catalog)
-        jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog, config.tensorboard)
-        metrics.describe(
-            version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
-        )
-        app = create_app(
-            engine=client, adapters=catalog.registry, tokenizer=tokenizer, settings=_api_settings(config), metrics=metrics,
-            chat_template=template, catalog=catalog, exports=exports, jobs=jobs, guard=guard, tracing=tracing,
-        )  # fmt: skip
-        metrics.service.watch(client, config.data_dir, exports.counts)
-        keeping = [asyncio.create_task(catalog.maintain())]
-        if config.adapter_dir:
-            keeping.append(asyncio.create_task(folders.watch()))
-        exports.start()
-        jobs.start()
-        door.open(app)
-        names = [record.name for record in catalog.registry.list()]
-        _say_ready(config, door.url, names, exposed=listener.getsockname()[0] if guard.keys.is_open else None)
-        await stop.wait()
-        stop.clear()
-        await drain(door, client, exports, jobs, grace=config.grace, again=stop)
-        for keeper in keeping:
-            keeper.cancel()
-        await asyncio.gather(*keeping, return_exceptions=True)
-    finally:
-        for task in (started, stopped):
-            task.cancel()
-        await asyncio.gather(started, stopped, return_exceptions=True)
-        await client.close()
-        await door.close()
-        if jobs is not None:
-            jobs.close()
-        if catalog is not None:
-            catalog.close()
+    with contextlib.ExitStack() as opened:  # is closed when the worker and the door are
+        try:
+            tokenizer, template = await asyncio.to_thread(_read_tokenizer, config, model)
+            await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                return
+            ready = started.result()
+            metrics.describe(
+                version=__version__, base=ready.base_name, quantization=ready.quantization, dtype=ready.dtype
+            )
+            services = await _open_services(config, model, client, metrics, tokenizer, opened)
+            app = create_app(
+                engine=client, adapters=services.catalog.registry, tokenizer=tokenizer, settings=_api_settings(config),
+                metrics=metrics, chat_template=template, catalog=services.catalog, exports=services.exports,
+                jobs=services.jobs, guard=guard, tracing=tracing,
+            )  # fmt: skip
+            async with services.running():
+                door.open(app)
+                names = [record.name for record in services.catalog.registry.list()]
+                exposed = listener.getsockname()[0] if guard.keys.is_open else None
+                _say_ready(config, door.url, names, exposed=exposed)
+                await stop.wait()
+                stop.clear()
+                await drain(door, client, services.exports, services.jobs, grace=config.grace, again=stop)
+        finally:
+            for task in (started, stopped):
+                task.cancel()
+            await asyncio.gather(started, stopped, return_exceptions=True)
+            await client.close()
+            await door.close()
+
+
+@dataclass(frozen=True)
+class _Services:
+    """What the routes work with beside the engine."""
+
+    catalog: AdapterCatalog
+    folders: AdapterFolders
+    exports: ExportManager
+    jobs: JobManager
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        keeping = [asyncio.create_task(self.catalog.maintain()), asyncio.create_task(self.folders.watch())]
+        self.exports.start()
+        self.jobs.start()
+        try:
+            yield
+        finally:
+            for keeper in keeping:
+                keeper.cancel()
+            await asyncio.gather(*keeping, return_exceptions=True)
+
+
+async def _open_services(
+    config: ServeConfig,
+    model: str,
+    client: WorkerClient,
+    metrics: Metrics,
+    tokenizer: Any,
+    opened: contextlib.ExitStack,
+) -> _Services:
+    catalog = _open_catalog(config, client, metrics, tokenizer)
+    opened.callback(catalog.close)
+    folders = AdapterFolders(catalog, config.adapter_dir)
+    await asyncio.to_thread(_import_adapters, folders, config)
+    await catalog.keep_pinned()
+    exports = await asyncio.to_thread(_open_exports, config, model, catalog)
+    jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog, config.tensorboard)
+    opened.callback(jobs.close)
+    metrics.service.watch(client, config.data_dir, exports.counts)
+    return _Services(catalog, folders, exports, jobs)
 
 
 def _open_catalog(
