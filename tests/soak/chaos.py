@@ -147,12 +147,12 @@ class Chaos:
         """A job that cannot write its checkpoint is paused and says why; requests go on; resumed, it comes to its end."""
         file = self._client.upload_rows([{"prompt": "one, two,", "completion": " three"}] * 4)
         with _filled(data, room=ROOM_WITHOUT_CHECKPOINT):
-            job = self._client.create_job(file.raise_forstatus_of().json()["id"])
+            job = self._client.create_job(file.raise_for_status().json()["id"])
             self._client.until_job(job, "paused")
             last = httpx.get(f"{self.server.url}/v1/fine_tuning/jobs/{job}/events").json()["data"][0]
             assert "the job is paused, resume it" in last["message"], last
             self._client.answers()
-        httpx.post(f"{self.server.url}/v1/fine_tuning/jobs/{job}/resume", timeout=60).raise_forstatus_of()
+        httpx.post(f"{self.server.url}/v1/fine_tuning/jobs/{job}/resume", timeout=60).raise_for_status()
         self._client.until_job(job, "succeeded")
         return {"job": "paused", "requests meanwhile": "answered", "job with room": "succeeded"}
 
