@@ -178,7 +178,7 @@ class Chaos:
             tasks = []
             for number in range(streams):
                 question = self._client.questions[number % len(self._client.questions)]
-                tasks.append((question, pool.submit(self._stream, *question)))
+                tasks.append((question, pool.submit(self._client.stream, *question)))
             until(lambda: self._accepted() >= streams, "not all streams were accepted", 30)
             self.server.process.send_signal(signal.SIGTERM)
             until(lambda: status_of(f"{self.server.url}/ready") != 200, "SIGTERM changed nothing", 30)
