@@ -132,7 +132,8 @@ def train(case: Case) -> Trained:
 
 
 def _tell(event: object) -> None:
-    from loramux_adapters.training.run import EvalReport, StepReport
+    from loramux_adapters.training.run import EvalReport
+    from loramux_adapters.training.trainer import StepReport
 
     if isinstance(event, StepReport) and event.step % max(1, event.total_steps // _TOLD) == 0:
         print(f"step {event.step} of {event.total_steps}, loss {event.train_loss:.3f}", flush=True)

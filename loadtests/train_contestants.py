@@ -96,7 +96,7 @@ def ours(case: Case) -> Run:
         twin = twin_of(base.model)
         spec = AdapterSpec(recipe.r, recipe.lora_alpha, recipe.target_modules)
         adapter = TrainedAdapter.install(twin, spec, base.geometry, seed=recipe.seed)
-        trainer = Trainer(LayerStack(twin), adapter, recipe, data, _batches(case))
+        trainer = Trainer(LayerStack(twin, alone=True), adapter, recipe, data, _batches(case))
         for _ in range(case.steps):
             slices = trainer.slices()
             while True:

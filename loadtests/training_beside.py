@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
@@ -155,13 +156,17 @@ def _round(
     loads: list[Load] = []
     turns, answered = itertools.cycle(requests), itertools.count()
 
-    def at_half_load() -> None:
-        began = time.perf_counter()
-        run_load(url, base, [next(turns)])
-        next(answered)
-        time.sleep(max(0.0, began + 2 * one - time.perf_counter()))
+    def at_half_load(times: int = 1) -> None:
+        for _ in range(times):
+            began = time.perf_counter()
+            run_load(url, base, [next(turns)])
+            next(answered)
+            time.sleep(max(0.0, began + 2 * one - time.perf_counter()))
 
-    serving = job.paused(lambda: _cores(server, lambda: [at_half_load() for _ in range(_HALF_LOADS)]))
+    def pace(kind: str, ask: Callable[[], object]) -> None:
+        found.paces.setdefault(kind, []).append(job.pace(ask))
+
+    serving = job.paused(lambda: _cores(server, lambda: at_half_load(_HALF_LOADS)))
     asking: dict[str, Callable[[], object]] = {
         names.IDLE: lambda: time.sleep(0.1),
         names.HALF_LOAD: at_half_load,
@@ -169,8 +174,7 @@ def _round(
     }
     for kind, ask in asking.items():
         before, began = next(answered), time.perf_counter()
-        paces = found.paces.setdefault(kind, [])
-        cores = _cores(server, lambda paces=paces, ask=ask: paces.append(job.pace(ask)))
+        cores = _cores(server, partial(pace, kind, ask))
         if kind == names.IDLE:
             found.taken.append(serving / cores)
         elif kind == names.HALF_LOAD:

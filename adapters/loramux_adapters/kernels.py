@@ -60,13 +60,14 @@ class DenseKernel:
     Holds the plain weight, or, where that is faster, only the reordered copy of it (the same number of bytes).
     """
 
-    __slots__ = ("_bias", "_packed", "_weight", "num_bytes")
+    __slots__ = ("_bias", "_dtype", "_packed", "_weight", "num_bytes")
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, prepack: bool = True
     ) -> None:
         self.num_bytes = weight.numel() * weight.element_size()
         self._bias = bias
+        self._dtype = weight.dtype
         self._packed = self._weight = None
         if prepack and prepacks(weight):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -78,7 +79,8 @@ class DenseKernel:
         return self._packed is not None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x `[..., in_features]` in the weight's dtype -> `[..., out_features]`."""
+        """x `[..., in_features]` -> `[..., out_features]` in the weight's dtype, which x is rounded to."""
+        x = x.to(self._dtype)
         if self._packed is not None:
             y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 x, self._packed, self._bias, "none", [], ""
@@ -159,7 +161,7 @@ class ResidentLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             if self.weight.requires_grad:
-                return F.linear(input, self.weight, self.bias)
+                return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
             if input.requires_grad:
                 out: torch.Tensor = _FrozenMatMul.apply(input, self)  # type: ignore[no-untyped-call]
                 return out
@@ -172,7 +174,7 @@ class _FrozenMatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: ResidentLinear) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.dtype = layer, x.dtype
         y = layer.kernel(x)
         # autograd must own what a caller may change in place
         return y.clone() if isinstance(layer.kernel, FusedPart) else y
@@ -180,4 +182,4 @@ class _FrozenMatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.weight, None
+        return (grad @ ctx.layer.weight).to(ctx.dtype), None

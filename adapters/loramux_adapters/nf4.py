@@ -145,7 +145,7 @@ def base_identity(weights: Iterable[tuple[str, NF4Weight | torch.Tensor]]) -> st
 
 
 class NF4Linear(torch.nn.Linear):
-    """A linear whose weight is NF4 for good; inputs and outputs in the compute dtype.
+    """A linear whose weight is NF4 for good; inputs are rounded to the compute dtype, which outputs have.
 
     `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
     features. `kernel`, if set, is a dense copy in the compute dtype that multiplies instead (`grouping.derive_kernels`):
@@ -178,6 +178,7 @@ class NF4Linear(torch.nn.Linear):
         """`x @ W.T + b` without autograd, by the fastest exact path this device has."""
         if self.kernel is not None:
             return self.kernel(x)
+        x = x.to(self.compute_dtype)
         if self.few_rows and x.numel() // self.in_features in self.few_rows:
             return self.few_rows_matmul(x, self.quantized, self.bias)
         if x.device.type == "cuda":
@@ -273,7 +274,7 @@ class _NF4MatMul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.dtype = layer, x.dtype
         y = layer.matmul(x)
         # autograd must own what a caller may change in place
         return y.clone() if isinstance(layer.kernel, FusedPart) else y
@@ -281,7 +282,7 @@ class _NF4MatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.layer.backward_weight(grad.dtype), None
+        return (grad @ ctx.layer.backward_weight(grad.dtype)).to(ctx.dtype), None
 
 
 @contextmanager

@@ -72,7 +72,8 @@ def _empty(config: PretrainedConfig) -> PreTrainedModel:
     """The module tree, its parameters on the meta device, its buffers (rotary frequencies) real."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _put(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
@@ -111,7 +112,7 @@ def random_base(
             spread = _HEAD_SPREAD if parameter is head.weight else 1.0
             values = drawn(*parameter.shape, scale=spread * parameter.shape[-1] ** -0.5)
         _put(model, path, _frozen(values))
-    model.to(device)  # buffers
+    nn.Module.to(model, device)  # buffers
     model.set_output_embeddings(ResidentLinear(model.get_output_embeddings()))
     groups = shared_inputs(model, list(shapes))
     if device.type == "cpu":
@@ -161,4 +162,5 @@ def dense_twin(base: ResidentBase, adapter: LoraWeights | None) -> PreTrainedMod
         else:
             weight = base.model.get_parameter(path).float()
         _put(model, path, _frozen(weight))
-    return model.to(base.device)
+    nn.Module.to(model, base.device)
+    return model

@@ -51,7 +51,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 def decode_bytes(base: ResidentBase, streams: int, context: float, adapter_bytes: int) -> float:
     """That one step reads at least. Of the embedding one row a stream is read, which is left out."""
-    head = base.model.get_output_embeddings().weight
+    head: torch.Tensor = base.model.get_output_embeddings().weight
     kv = streams * context * kv_bytes_per_token(base)
     return linear_bytes(base.model) + head.numel() * head.element_size() + adapter_bytes + kv
 

@@ -10,15 +10,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loadtests.peers.peft_peer import round_to_nf4
 
 
 def write_served_base(model: Path, directory: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=True)
     round_to_nf4(base, torch.bfloat16)
-    base.to(torch.bfloat16).save_pretrained(directory)
+    torch.nn.Module.to(base, torch.bfloat16)
+    base.save_pretrained(directory)
     for file in model.iterdir():
         if (
             file.is_file()

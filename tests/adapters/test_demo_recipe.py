@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from loramux_adapters.demo import train as recipe
 from loramux_adapters.demo.train import IGNORED, Recipe, encode, load_rounded, train
@@ -73,7 +73,7 @@ def test_the_linears_are_rounded_and_nothing_else(tiny_model: Path) -> None:
 def test_a_short_run_writes_a_peft_directory(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipe.AutoTokenizer, "from_pretrained", lambda _directory: ByteTokenizer())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _directory: ByteTokenizer())
     monkeypatch.setattr(recipe, "build", lambda _name: [{"messages": CHAT}] * 6)
     train("pirate", tiny_model, tmp_path / "out", Recipe(epochs=3, batch_size=2))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

@@ -14,7 +14,6 @@ import pytest
 from loramux_adapters.adapter_files import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE, GateLimits
 from loramux_adapters.errors import AdapterUnavailable, InvalidAdapter
 from loramux_adapters.sources import (
-    Hub,
     HubRevision,
     HuggingFaceHub,
     Staged,
@@ -162,7 +161,7 @@ class FakeHub:
 
 
 def test_hub_downloads_the_resolved_commit(adapter: Path, staging: Path, tiny_geometry: BaseGeometry) -> None:
-    hub: Hub = FakeHub(adapter, {CONFIG_FILE: 10, WEIGHTS_FILE: 10, "tokenizer.json": 10**12})
+    hub = FakeHub(adapter, {CONFIG_FILE: 10, WEIGHTS_FILE: 10, "tokenizer.json": 10**12})
     staged = stage_hub("hf://org/repo@v1.0/x", staging, hub=hub)
     assert (staged.source, staged.origin) == ("hub", f"hf://org/repo@{COMMIT}")
     assert hub.asked == [

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from loadtests import BenchError
+from loadtests.adapters import RANK
 from loadtests.gpu import __main__ as gpu
-from loadtests.gpu import measures, parity
+from loadtests.gpu import measures, parity, roof
 from loadtests.gpu.model import geometry, random_base
 from loadtests.gpu.parity import Checked
 from loadtests.gpu.report import FAST_MEMORY, Figure, Report
 from loadtests.parity import Parity
 from loramux_server.engine.messages import AdapterRef
+from loramux_server.engine.runner import kv_bytes_per_token
 
 TINY = ["--device", "cpu", "--tiny", "--dtype", "float32", "--geometry"]
 RIGHT = Checked(Parity(2, 2, 0, 0.0, [], 0.5), contrast=3.0)
@@ -57,7 +59,7 @@ def test_wrong_answers_end_the_call_before_anything_is_timed(monkeypatch: pytest
         raise AssertionError("something was timed")
 
     monkeypatch.setattr(parity, "answers", mixed_up)
-    monkeypatch.setattr(gpu.roof, "copy_bandwidth", timed)
+    monkeypatch.setattr(roof, "copy_bandwidth", timed)
     with pytest.raises(BenchError, match=r"^mistral-7b: WRONG"):
         gpu.main([*TINY, "mistral-7b"])
 
@@ -110,8 +112,8 @@ def test_goals(copy_rate: float, values: dict[str, float], missed: list[str]) ->
 def test_streams_that_do_not_fit_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = gpu.TINY
     base = random_base("llama-2-7b", geometry("llama-2-7b", tiny=True), torch.device("cpu"), torch.float32)
-    one = gpu.sequence_tokens(1, sizes, 2) * gpu.kv_bytes_per_token(base)
-    rows = 2 * gpu.RANK * gpu.rank_row_bytes(base)
+    one = gpu.sequence_tokens(1, sizes, 2) * kv_bytes_per_token(base)
+    rows = 2 * RANK * gpu.rank_row_bytes(base)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int((rows + 1.5 * one) / 0.85), 0))
     found = report(1e12)
     assert gpu.fitting(replace(base, device=torch.device("cuda")), sizes, 2, found) == [1]

@@ -18,7 +18,6 @@ import pytest
 import pytest_asyncio
 
 from loramux_adapters.errors import BaseModelError, EngineError, QueueFull
-from loramux_server.engine import client as client_module
 from loramux_server.engine import restarts
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.messages import AdapterRef, SamplingParams, StepOutput, TokenOutput
@@ -242,7 +241,7 @@ async def fake_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncI
         script.write_text(textwrap.dedent(FAKE) + textwrap.dedent(lines))
         real = asyncio.create_subprocess_exec
         monkeypatch.setattr(
-            client_module.asyncio,
+            asyncio,
             "create_subprocess_exec",
             lambda executable, *_, **pipes: real(executable, str(script), **pipes),
         )

@@ -196,7 +196,8 @@ def test_the_hub_copy_is_complete_and_carries_a_licence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot, staging = tmp_path / "snapshot", tmp_path / "staging"
-    snapshot.mkdir(), staging.mkdir()
+    snapshot.mkdir()
+    staging.mkdir()
     for name in demo_sources.HUB_FILES:
         (snapshot / name).write_text(name)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_kwargs: str(snapshot))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import socket
 import sys
@@ -215,7 +216,7 @@ def test_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "a running server has abc" in found[1].detail
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     assert [one.state for one in service.data_dir(tmp_path)] == ["fault"]
-    monkeypatch.setattr(service.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "cannot be written" in next(iter(service.data_dir(tmp_path))).detail
 
 

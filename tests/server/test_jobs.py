@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from loramux_adapters import files as disk
 from loramux_adapters.access import Access
 from loramux_adapters.errors import EngineError, Overloaded, StorageError, StorageFull
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.training.layout import STATE_FILE
 from loramux_server.engine.messages import TrainingEnded
 from loramux_server.training import manager, publication
+from loramux_server.training.folder import read_json
 from loramux_server.training.names import checkpoint_name, model_name
 from loramux_server.training.records import JobEvent, JobRecord, JobRequest
 from loramux_server.training.runner import MAX_INTERRUPTIONS, after_a_crash
@@ -241,7 +241,7 @@ async def test_a_checkpoint_that_cannot_be_served_is_told(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand = make()
-    read = publication.read_json
+    read = read_json
 
     def damaged(path: Path) -> Any:
         if path.name == STATE_FILE:
@@ -366,7 +366,7 @@ async def test_a_job_that_cannot_be_stored_leaves_nothing(
     response = await stand.client.post("/v1/fine_tuning/jobs", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (507, "storage_full")
     monkeypatch.undo()
-    monkeypatch.setattr(disk.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     assert (await stand.client.post("/v1/fine_tuning/jobs", json=body)).status_code == 500
     assert (stand.left("jobs"), stand.jobs.all()) == ([], [])
 

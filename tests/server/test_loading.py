@@ -25,7 +25,6 @@ from transformers import (
 from loramux_adapters.errors import BaseModelError
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.nf4 import NF4Linear, NF4Weight
-from loramux_server.base import device
 from loramux_server.base.device import pick_device, pick_dtype
 from loramux_server.base.loading import LoadOptions, ResidentBase, load_base
 from loramux_server.base.location import check_location
@@ -373,7 +372,7 @@ def test_types() -> None:
 def test_auto_is_what_the_cpu_computes_in(
     supported: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert pick_dtype("auto", torch.device("cpu")) is dtype
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loramux_server.engine import engine as engine_module
+from loramux_server.engine import sampler
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import TokenOutput
 from loramux_server.engine.sequence import Scheduled
@@ -83,7 +84,7 @@ def test_memory_that_lacks_while_sampling_changes_no_answer(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = run(make_engine(), WANTED)
-    real, refused = engine_module.sample, list[int]()
+    real, refused = sampler.sample, list[int]()
 
     def sample(logits: torch.Tensor, *others: object) -> object:
         if len(logits) > 1 and len(refused) < 5:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from loramux_adapters.errors import EngineError
 from loramux_adapters.probe import Probe
+from loramux_adapters.twin import twin_of
 from loramux_adapters.verify import VerifyReport
 from loramux_adapters.weights import WEIGHTS_FILE
 from loramux_server.engine import verification
@@ -206,7 +207,7 @@ def test_its_models_are_gone_afterwards(
     from loramux_adapters.verify import check
 
     twins: list[weakref.ref[PreTrainedModel]] = []
-    make = check.twin_of
+    make = twin_of
 
     def watched(model: PreTrainedModel) -> PreTrainedModel:
         twin = make(model)

@@ -37,6 +37,7 @@ def segmented_attention(
     attention_mask: torch.Tensor | None,
     *,
     piece: Piece,
+    computed_in: torch.dtype,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -52,7 +53,7 @@ def segmented_attention(
     scale = scaling if scaling is not None else 1.0 / math.sqrt(query.shape[-1])
     parts = []
     for start, length in piece.segments:
-        q, k, v = (tensor[:, :, start : start + length] for tensor in (query, key, value))
+        q, k, v = (tensor[:, :, start : start + length].to(computed_in) for tensor in (query, key, value))
         if piece.carried is not None:
             k, v = piece.carried.extend(k, v)
         parts.append(_attend(q, k, v, scale, sliding_window, softcap))

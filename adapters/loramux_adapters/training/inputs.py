@@ -57,7 +57,9 @@ class TrainingInputs:
         sets = [self.data] if self.validation is None else [self.data, self.validation]
         return max(len(sample) for data in sets for sample in data.samples)
 
-    def memory(self, config: Any, geometry: BaseGeometry, dtype_bytes: int, device: str) -> TrainingMemory:
+    def memory(
+        self, config: Any, geometry: BaseGeometry, dtype_bytes: int, device: str, *, alone: bool = False
+    ) -> TrainingMemory:
         """What the run needs beside a base of this text config that computes in this type on a torch device type."""
         return training_memory(
             DecoderShape.of(config),
@@ -69,6 +71,7 @@ class TrainingInputs:
             dropout=self.recipe.lora_dropout > 0,
             longest=self.longest_sample,
             device=device,
+            alone=alone,
         )
 
 

@@ -57,7 +57,8 @@ class _StandIn(nn.Module):
 class LayerStack:
     """The layers of `twin`, which is taken over: only this object may run it from here on."""
 
-    def __init__(self, twin: PreTrainedModel) -> None:
+    def __init__(self, twin: PreTrainedModel, *, alone: bool = False) -> None:
+        """`alone` if nothing is served meanwhile: pieces may be long."""
         decoder: Any = twin.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -73,7 +74,7 @@ class LayerStack:
         self.layers = list(layers)
         shape = DecoderShape.of(twin.config.get_text_config())
         self.vocabulary = shape.vocabulary
-        self.piece_tokens = piece_tokens(shape, twin.device.type)
+        self.piece_tokens = piece_tokens(shape, twin.device.type, alone=alone)
         self.dtype = twin.dtype
         self.device = twin.device
         expected = _plain(twin)
@@ -85,10 +86,20 @@ class LayerStack:
         self._check(expected)
 
     def start(self, ids: torch.Tensor, piece: Piece) -> tuple[torch.Tensor, list[Call]]:
-        """A piece `[1, T, hidden]` of token ids `[T]`, embedded, and how each layer is called for it."""
+        """A piece `[1, T, hidden]` of token ids `[T]`, embedded, and how each layer is called for it.
+
+        What travels between the layers is fp32, whatever they compute in: in 16 bits its gradient loses what Adam's
+        first steps are about.
+        """
         positions = piece.positions(self.device)
         with torch.no_grad():
-            self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False, piece=piece)
+            self._decoder(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                piece=piece,
+                computed_in=self.dtype,
+            )
         hidden = self._stand_ins[0].hidden
         calls = [stand_in.call for stand_in in self._stand_ins if stand_in.call is not None]
         self._forget()
@@ -97,7 +108,7 @@ class LayerStack:
             raise BaseModelError(
                 f"{type(self._model).__name__} does not run all of its layers", param="model"
             )
-        return hidden, calls
+        return hidden.float(), calls
 
     def layer(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         output = self.layers[index](hidden, *call.args, **call.kwargs)
@@ -110,7 +121,7 @@ class LayerStack:
         last.given = hidden[None]
         try:
             token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-            output = self._model(input_ids=token, use_cache=False, piece=_ONE)
+            output = self._model(input_ids=token, use_cache=False, piece=_ONE, computed_in=self.dtype)
         finally:
             last.given = None
             self._forget()

@@ -73,8 +73,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x)
+        x = x.to(y.dtype)
         low = self._dropout(x, self.name) @ self.lora_a.to(x.dtype).T
-        return y + low @ (self.lora_b * self.scaling).to(x.dtype).T
+        return y.float() + low @ (self.lora_b * self.scaling).to(x.dtype).T
 
 
 class TrainedAdapter:

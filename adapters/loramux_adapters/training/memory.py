@@ -22,6 +22,7 @@ MIB = 2**20
 # What is computed at once, by device: a slice beside serving should take a few milliseconds, and its products be wide
 # enough for the device. Tokens times weights of a layer, and elements of a chunk of logits.
 _PIECE_WORK = {"cpu": 2**29, "cuda": 2**37}
+_PIECE_WORK_ALONE = 2**37  # where nobody waits for the end of a slice
 _PIECE_TOKENS = {"cpu": (64, 2048), "cuda": (256, 8192)}  # at least, at most
 _LOGITS_PER_CHUNK = {"cpu": 2**21, "cuda": 2**25}
 _LOGITS_ROWS = 32  # at least: each chunk reads the whole head
@@ -67,10 +68,11 @@ class DecoderShape:
         return attention + 3 * self.hidden * self.intermediate
 
 
-def piece_tokens(shape: DecoderShape, device: str) -> int:
-    """How many tokens go through a layer at once on a torch device type."""
+def piece_tokens(shape: DecoderShape, device: str, *, alone: bool = False) -> int:
+    """How many tokens go through a layer at once on a torch device type; `alone` if nothing is served meanwhile."""
     least, most = _PIECE_TOKENS[device]
-    return max(least, min(most, _PIECE_WORK[device] // shape.layer_parameters // 32 * 32))
+    work = _PIECE_WORK_ALONE if alone else _PIECE_WORK[device]
+    return max(least, min(most, work // shape.layer_parameters // 32 * 32))
 
 
 def loss_rows(vocabulary: int, device: str) -> int:
@@ -123,27 +125,28 @@ def training_memory(
     predicted: int | None = None,
     longest: int | None = None,
     device: str = "cuda",
+    alone: bool = False,
 ) -> TrainingMemory:
     """`targets` are the (out_features, in_features) of every trained linear of every layer; `tokens` is how many a
     batch holds at most (batch_size times max_seq_length), `predicted` how many of these are trained on (all), `longest`
-    the tokens of the longest sample (all). `device` is a torch device type.
+    the tokens of the longest sample (all). `device` is a torch device type; `alone` as `piece_tokens` has it.
     """
     linears = list(targets)
     parameters = adapter_parameters(linears, r)
     chunk = min(tokens if predicted is None else predicted, loss_rows(shape.vocabulary, device))
     longest = tokens if longest is None else longest
-    limit = piece_tokens(shape, device)
+    limit = piece_tokens(shape, device, alone=alone)
     piece = min(tokens, _piece(longest, limit))
-    # One more is the last layer's output, and one the gradient that travels back.
-    kept = (shape.layers + 2) * tokens * shape.hidden
+    # In fp32. One more is the last layer's output, and one the gradient that travels back.
+    kept = (shape.layers + 2) * tokens * shape.hidden * _FP32
     if longest > limit:
-        kept += shape.layers * tokens * 2 * shape.kv_width
+        kept += shape.layers * tokens * 2 * shape.kv_width * dtype_bytes
     activations = piece * _token_bytes(shape, linears, r, dtype_bytes, dropout=dropout)
     return TrainingMemory(
         adapter=parameters * _FP32,
         gradients=parameters * _FP32,
         optimizer=int(parameters * _STATE_BYTES[optimizer]),
-        layer_inputs=kept * dtype_bytes,
+        layer_inputs=kept,
         layer_activations=activations
         + _dense_bytes(shape, linears, dtype_bytes, held=piece < tokens and device == "cpu"),
         # themselves, the fp32 copy that becomes the gradient, and the gradient
@@ -160,16 +163,21 @@ def _token_bytes(
     shape: DecoderShape, linears: list[tuple[int, int]], r: int, dtype_bytes: int, *, dropout: bool
 ) -> int:
     """Of one token in a layer that is run with gradients: what autograd keeps, and the widest moment of going back."""
-    hidden, inner = shape.hidden, shape.intermediate
-    kept = 3 * shape.query_width + 2 * shape.kv_width  # queries, keys, values, and the answers, twice
-    kept += 4 * hidden  # both norms, the sum between the halves, and the output
-    kept += 4 * inner  # gate, up, the activation and their product
-    kept += round(len(linears) / shape.layers * r)
-    kept += 2 * inner  # on the way back: the gradients of the product's two sides
+    hidden, inner, query = shape.hidden, shape.intermediate, shape.query_width
+    rank = round(len(linears) / shape.layers * r)
+    inputs = round(sum(in_features for _, in_features in linears) / shape.layers)
+    if dtype_bytes < _FP32:
+        # What a linear's factors read is rounded for each, what they give is fp32: sums, norms, the activation.
+        narrow = 2 * query + 2 * shape.kv_width + inputs + rank
+        wide = 2 * hidden + 3 * inner + 2 * inner  # the last are gradients on the way back
+        kept = narrow * dtype_bytes + wide * _FP32
+    else:
+        # Queries, keys, values, and the answers, twice; both norms, the sum between the halves, and the output; gate, up,
+        # the activation, their product, and on the way back the gradients of its two sides.
+        kept = (3 * query + 2 * shape.kv_width + 4 * hidden + 6 * inner + rank) * dtype_bytes
     if dropout:  # a mask and a masked input for every adapted linear
-        kept += round(2 * sum(in_features for _, in_features in linears) / shape.layers)
-    norms = hidden * _FP32 if dtype_bytes < _FP32 else 0  # computed in fp32
-    return kept * dtype_bytes + norms
+        kept += 2 * inputs * dtype_bytes
+    return kept
 
 
 def _dense_bytes(shape: DecoderShape, linears: list[tuple[int, int]], dtype_bytes: int, *, held: bool) -> int:

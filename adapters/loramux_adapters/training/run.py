@@ -125,7 +125,7 @@ class TrainingRun:
             initial=None if initial is None else initial.spec,
             chat_template=chat_template,
         )
-        building = cls.building(model, geometry, inputs, out, initial=initial, resume=resume)
+        building = cls.building(model, geometry, inputs, out, initial=initial, resume=resume, alone=True)
         while True:
             try:
                 next(building)
@@ -137,15 +137,16 @@ class TrainingRun:
     def building(
         cls, model: PreTrainedModel, geometry: BaseGeometry, inputs: TrainingInputs, out: Path, *,
         initial: LoraWeights | None = None, resume: bool = False, writer: Executor | None = None,
-        reserved: int = 0, memory_name: str = "memory",
+        reserved: int = 0, memory_name: str = "memory", alone: bool = False,
     ) -> Generator[Future[Any] | None, None, TrainingRun]:  # fmt: skip
         """The run of what `read_inputs` gave, in slices as `slices` has them.
 
-        `reserved` bytes of the memory that is free are not training's. Raises TrainingError or BaseModelError.
+        `reserved` bytes of the memory that is free are not training's; `alone` if nothing is served meanwhile. Raises
+        TrainingError or BaseModelError.
         """
         check_output(out, resume=resume)
         config, device = model.config.get_text_config(), model.device.type
-        needed = inputs.memory(config, geometry, model.dtype.itemsize, device)
+        needed = inputs.memory(config, geometry, model.dtype.itemsize, device, alone=alone)
         check_memory(needed, max(0.0, free_memory(model.device) - reserved), memory_name)
         twin = twin_of(model)
         yield None
@@ -154,7 +155,7 @@ class TrainingRun:
             twin, inputs.spec, geometry, seed=seed, dropout=dropout, initial=initial
         )
         yield None
-        run = cls(geometry, inputs, adapter, LayerStack(twin), out, initial)
+        run = cls(geometry, inputs, adapter, LayerStack(twin, alone=alone), out, initial)
         yield None
         if resume:
             checkpoints = run._checkpoints

@@ -17,6 +17,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from loramux_adapters.cli_train import register
+from loramux_adapters.cli_train_output import Display
 from loramux_adapters.cli_verify import VerifyBase
 from loramux_adapters.training.recipe import Recipe
 from loramux_adapters.verify import verify_adapter
@@ -110,16 +111,14 @@ def test_a_base_without_a_tokenizer_is_refused(base: ResidentBase, data: Path, t
 def test_ctrl_c_leaves_a_checkpoint(
     base: ResidentBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramux_adapters import cli_train
-
-    show, out = cli_train.Display.show, tmp_path / "out"
+    show, out = Display.show, tmp_path / "out"
 
     def interrupted(self: Any, event: object) -> None:
         show(self, event)
         if event is not None and getattr(event, "step", 0) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(cli_train.Display, "show", interrupted)
+    monkeypatch.setattr(Display, "show", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     arguments = ["--data", str(data), "--out", str(out), "--max-steps", "6", "--batch-size", "2"]
     result = train(base, *arguments)

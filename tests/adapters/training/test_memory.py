@@ -39,7 +39,7 @@ def test_by_hand() -> None:
         4 * parameters,
         8 * parameters,
     )
-    assert found.layer_inputs == 5 * 100 * 64 * 2
+    assert found.layer_inputs == 5 * 100 * 64 * 4
     assert found.logits == 100 * 320 * (2 + 4 + 2)
     activations = max(found.layer_activations, found.logits)
     assert found.total == 16 * parameters + found.layer_inputs + activations

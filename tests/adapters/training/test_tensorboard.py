@@ -42,7 +42,7 @@ def curves(directory: Path) -> dict[str, dict[int, float]]:
 def test_the_curves_of_a_run_and_of_one_that_goes_on(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loramux_adapters import cli_train
+    from loramux_adapters.cli_train_output import Display
 
     base = load_tiny(tiny_model("llama"))
     data = write_jsonl(tmp_path / "data.jsonl", [chat(f"say {i}", "yes") for i in range(12)])
@@ -55,7 +55,7 @@ def test_the_curves_of_a_run_and_of_one_that_goes_on(
     class _Broken(Exception):
         pass
 
-    show = cli_train.Display.show
+    show = Display.show
 
     def break_off(self: Any, event: object) -> None:
         show(self, event)
@@ -63,7 +63,7 @@ def test_the_curves_of_a_run_and_of_one_that_goes_on(
             raise _Broken
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli_train.Display, "show", break_off)
+        patched.setattr(Display, "show", break_off)
         assert isinstance(train(base, *arguments).exception, _Broken)
     assert set(curves(logs)["train/loss"]) == {1, 2}
     result = train(base, *arguments, "--resume")
