@@ -236,7 +236,7 @@ async def test_what_another_version_wrote_is_written_again(
     resumed: list[bool] = []
 
     async def refuses_to_resume(self: ExportProcess, observe: Observer) -> JobFault | None:
-        [live] = stand.exports.of("plain")
+        [live] = one.exports.of("plain")
         resumed.append("--resume" in self.arguments)
         assert live.folder.partial.exists() == resumed[-1]
         if resumed[-1]:
@@ -245,13 +245,13 @@ async def test_what_another_version_wrote_is_written_again(
         return None
 
     monkeypatch.setattr(ExportProcess, "run", refuses_to_resume)
-    stand = ExportStand.open(tmp_path, base, tokenizer)
-    job = await stand.create()
-    stand.live(job).folder.partial.mkdir()
-    stand.exports.start()
-    assert (await stand.ended(job))["status"] == "succeeded"
+    one = ExportStand.open(tmp_path, base, tokenizer)
+    job = await one.create()
+    one.live(job).folder.partial.mkdir()
+    one.exports.start()
+    assert (await one.ended(job))["status"] == "succeeded"
     assert resumed == [True, False]
-    await stand.close()
+    await one.close()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

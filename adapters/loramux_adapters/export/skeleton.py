@@ -70,7 +70,7 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """The causal LM of `config` with parameters on meta and buffers (rotary frequencies) real; eager
     attention.
     """
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)

@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 1,
 }
 FAMILIES: dict[str, Callable[..., Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_COMMON, rope_theta=50000.0, tie_word_embeddings=True),
+    "llama": lambda: transformers.LlamaConfig(**_COMMON, rope_theta=50000.0, tie_word_embeddings=True),  # type: ignore[call-arg]
     "mistral": lambda: transformers.MistralConfig(**_COMMON, tie_word_embeddings=False),
     "qwen2": lambda: transformers.Qwen2Config(**_COMMON, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=16, tie_word_embeddings=False),

@@ -34,7 +34,7 @@ def written(raw: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def test_a_plain_base_gets_both_spellings() -> None:
-    config = transformers.LlamaConfig(rope_theta=100000.0)
+    config = transformers.LlamaConfig(rope_theta=100000.0)  # type: ignore[call-arg]
     raw = {"model_type": "llama", "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}}
     fields = written(raw, config)
     assert fields["rope_theta"] == 100000.0
@@ -44,7 +44,7 @@ def test_a_plain_base_gets_both_spellings() -> None:
 
 def test_a_base_written_by_transformers_4_keeps_its_fields() -> None:
     raw = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": dict(LLAMA3), "hidden_size": 64}
-    config = transformers.LlamaConfig(rope_theta=5e5, rope_scaling=dict(LLAMA3))
+    config = transformers.LlamaConfig(rope_theta=5e5, rope_scaling=dict(LLAMA3))  # type: ignore[call-arg]
     fields = written(raw, config)
     assert fields["rope_scaling"] == LLAMA3
     assert fields["rope_theta"] == 5e5

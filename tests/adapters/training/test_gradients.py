@@ -56,6 +56,21 @@ def test_every_architecture(architecture: str, tiny_model: Callable[[str], Path]
     assert (report.tokens, report.trained_tokens) == (67, trained)
 
 
+def test_what_an_adapter_adds_first_is_not_lost_in_bf16(tiny_model: Callable[[str], Path]) -> None:
+    """A thousandth of the base's output is less than half of bf16's last bit."""
+    trainer = make_trainer(load_tiny(tiny_model("llama"), "bfloat16"), random_samples(9))
+    x = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer in trainer.adapter.layers.values():
+        given = x.repeat(1, 1, layer.lora_a.shape[1] // 64)
+        with torch.no_grad():
+            base = layer.base_layer(given).float()
+            share = given.float() @ layer.lora_a.T @ layer.lora_b.T * layer.scaling
+            layer.lora_b *= 1e-3 * base.norm() / share.norm()
+            expected = given.float() @ layer.lora_a.T @ layer.lora_b.T * layer.scaling
+            added = layer(given).float() - base
+        assert float((added - expected).norm() / expected.norm()) < 0.02, layer.name
+
+
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", FP32_BOUND), ("bfloat16", BF16_BOUND)], ids=["fp32", "bf16"]
 )

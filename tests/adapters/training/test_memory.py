@@ -81,6 +81,8 @@ def test_wide_layers_have_short_pieces() -> None:
     assert (demo.layer_parameters, seven.layer_parameters) == (3_538_944, 202_375_168)
     assert (piece_tokens(demo, "cpu"), piece_tokens(seven, "cpu")) == (128, 64)
     assert (piece_tokens(demo, "cuda"), piece_tokens(seven, "cuda")) == (8192, 672)
+    alone = [piece_tokens(shape, "cpu", alone=True) for shape in (demo, seven)]
+    assert alone == [2048, 672], "nobody waits for the end of a piece"
     assert (loss_rows(49152, "cpu"), loss_rows(256_000, "cpu"), loss_rows(32000, "cuda")) == (42, 32, 1048)
 
 
