@@ -14,9 +14,9 @@ _BESIDE = "serving + QLoRA"
 _ROWS = {
     "weights": "weights",
     "adapter": "LoRA factors (fp32)",
-    "gradients": "gradients",
+    "gradients": "gradients **",
     "optimizer": "optimizer",
-    "layer_inputs": "layer inputs",
+    "layer_inputs": "layer inputs **",
     "layer_activations": "activations of a layer *",
     "logits": "logits of a chunk *",
     "total": "total",
@@ -53,7 +53,7 @@ def _training(plan: Plan) -> Iterator[str]:
         rows.append([title, *(_gb(getattr(plan.methods[method], field)) for method in METHODS)])
     rows.append(["trainable parameters", *(f"{plan.methods[method].trainable:,}" for method in METHODS)])
     yield from _columns(rows)
-    yield "* never alive together: the total has the larger"
+    yield "* and ** are never alive together: the total has the larger of each two"
 
 
 def _parameters(plan: Plan) -> Iterator[str]:

@@ -15,7 +15,12 @@ from typing import Literal
 from loramux_adapters.planning.shape import ModelShape
 from loramux_adapters.planning.weights import Device, Quantization, weight_bytes
 from loramux_adapters.spec import AdapterSpec
-from loramux_adapters.training.memory import TrainingMemory, adapter_parameters, training_memory
+from loramux_adapters.training.memory import (
+    TrainingMemory,
+    adapter_parameters,
+    alive_at_once,
+    training_memory,
+)
 from loramux_adapters.training.recipe import Optimizer, Recipe, TrainingBase, resolve
 from loramux_adapters.training.targets import resolve_targets
 
@@ -45,7 +50,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, slots=True)
 class MethodMemory:
-    """Bytes. A layer's activations and the logits are never alive together: `total` has the larger of them."""
+    """Bytes. Not all of it is ever alive together: see `alive_at_once`."""
 
     trainable: int  # parameters
     weights: int
@@ -63,8 +68,7 @@ class MethodMemory:
     @property
     def beside_weights(self) -> int:
         """What training adds to a base that is resident anyway."""
-        lasting = self.adapter + self.gradients + self.optimizer
-        return lasting + self.layer_inputs + max(self.layer_activations, self.logits)
+        return self.adapter + self.optimizer + alive_at_once(self)
 
 
 def training_options(model: ModelShape, recipe: Recipe, device: Device) -> TrainingOptions:
@@ -143,6 +147,7 @@ def _pass(
         dropout=options.lora_dropout > 0,
         longest=options.max_seq_length,
         device=device,
+        alone=True,
     )
 
 

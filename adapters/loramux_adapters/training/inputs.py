@@ -72,6 +72,7 @@ class TrainingInputs:
             longest=self.longest_sample,
             device=device,
             alone=alone,
+            accumulates=self.recipe.gradient_accumulation_steps > 1,
         )
 
 

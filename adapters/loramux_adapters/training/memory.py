@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 from loramux_adapters.errors import TrainingError
 from loramux_adapters.host_memory import available_bytes
@@ -82,7 +82,7 @@ def loss_rows(vocabulary: int, device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """Bytes by kind. `total` is less than their sum: a layer's activations and the logits are never alive together."""
+    """Bytes by kind. `total` is less than their sum: see `alive_at_once`."""
 
     adapter: int  # fp32 factors
     gradients: int
@@ -90,6 +90,7 @@ class TrainingMemory:
     layer_inputs: int  # and keys and values of samples that are longer than a piece
     layer_activations: int  # of a piece in one layer, its backward pass included
     logits: int  # of one chunk, the loss and its gradient included
+    accumulates: bool = False  # gradients over several micro-batches
 
     @property
     def state(self) -> int:
@@ -99,13 +100,36 @@ class TrainingMemory:
     @property
     def total(self) -> int:
         """The peak within a step."""
-        return self.state + self.gradients + self.layer_inputs + max(self.layer_activations, self.logits)
+        return self.state + alive_at_once(self, accumulates=self.accumulates)
 
     def __str__(self) -> str:
         parts = ", ".join(
-            f"{field.name.replace('_', ' ')} {getattr(self, field.name) / MIB:,.0f}" for field in fields(self)
+            f"{field.name.replace('_', ' ')} {getattr(self, field.name) / MIB:,.0f}"
+            for field in fields(self)
+            if field.name != "accumulates"
         )
         return f"{self.total / MIB:,.0f} MiB ({parts})"
+
+
+class Passing(Protocol):
+    """What comes and goes within a step, in bytes."""
+
+    @property
+    def gradients(self) -> int: ...
+    @property
+    def layer_inputs(self) -> int: ...
+    @property
+    def layer_activations(self) -> int: ...
+    @property
+    def logits(self) -> int: ...
+
+
+def alive_at_once(memory: Passing, *, accumulates: bool = False) -> int:
+    """Bytes. A layer's activations and the logits never are; nor, but for accumulation, all gradients and all inputs: a
+    layer's gradients come when its input goes."""
+    gradients, inputs = memory.gradients, memory.layer_inputs
+    passing = gradients + inputs if accumulates else max(gradients, inputs)
+    return passing + max(memory.layer_activations, memory.logits)
 
 
 def adapter_parameters(targets: Iterable[tuple[int, int]], r: int) -> int:
@@ -126,10 +150,12 @@ def training_memory(
     longest: int | None = None,
     device: str = "cuda",
     alone: bool = False,
+    accumulates: bool = False,
 ) -> TrainingMemory:
     """`targets` are the (out_features, in_features) of every trained linear of every layer; `tokens` is how many a
     batch holds at most (batch_size times max_seq_length), `predicted` how many of these are trained on (all), `longest`
     the tokens of the longest sample (all). `device` is a torch device type; `alone` as `piece_tokens` has it.
+    `accumulates` if a step has several micro-batches.
     """
     linears = list(targets)
     parameters = adapter_parameters(linears, r)
@@ -151,6 +177,7 @@ def training_memory(
         + _dense_bytes(shape, linears, dtype_bytes, held=piece < tokens and device == "cpu"),
         # themselves, the fp32 copy that becomes the gradient, and the gradient
         logits=chunk * shape.vocabulary * (_FP32 + dtype_bytes + (dtype_bytes if dtype_bytes < _FP32 else 0)),
+        accumulates=accumulates,
     )
 
 

@@ -129,6 +129,7 @@ def outlook(
             dropout=resolved.lora_dropout > 0,
             longest=max(lengths),
             device=base.device,
+            accumulates=resolved.gradient_accumulation_steps > 1,
         ),
         warnings=tuple(read.report.warnings),
         shown=tuple(_shown(row, tokenize, length, recipe.train_on_inputs) for row in data.rows[:SHOWN]),

@@ -42,7 +42,10 @@ def test_by_hand() -> None:
     assert found.layer_inputs == 5 * 100 * 64 * 4
     assert found.logits == 100 * 320 * (2 + 4 + 2)
     activations = max(found.layer_activations, found.logits)
-    assert found.total == 16 * parameters + found.layer_inputs + activations
+    assert found.layer_inputs > found.gradients
+    assert found.total == 12 * parameters + found.layer_inputs + activations
+    micro = training_memory(SHAPE, TARGETS, r=4, tokens=100, dtype_bytes=2, accumulates=True)
+    assert micro.total == found.total + found.gradients
     assert found.state == 12 * parameters
 
 
@@ -142,7 +145,7 @@ def test_it_is_what_torch_allocates(
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_figures() -> None:
-    needed = TrainingMemory(*(kind * MIB for kind in (10, 20, 30, 40, 50, 60)))
+    needed = TrainingMemory(*(kind * MIB for kind in (10, 20, 30, 40, 50, 60)), accumulates=True)
     check_memory(needed, 160 * MIB, "memory")
     with pytest.raises(TrainingError) as caught:
         check_memory(needed, 160 * MIB - 1, "GPU memory")
