@@ -139,19 +139,16 @@ class _Services:
 
 
 async def _open_services(
-    config: ServeConfig,
-    model: str,
-    client: WorkerClient,
-    metrics: Metrics,
-    tokenizer: Any,
-    opened: contextlib.ExitStack,
-) -> _Services:
+    config: ServeConfig, model: str, client: WorkerClient, metrics: Metrics, tokenizer: Any, opened: contextlib.ExitStack
+) -> _Services:  # fmt: skip
     catalog = _open_catalog(config, client, metrics, tokenizer)
     opened.callback(catalog.close)
     folders = AdapterFolders(catalog, config.adapter_dir)
     await asyncio.to_thread(_import_adapters, folders, config)
     await catalog.keep_pinned()
-    exports = await asyncio.to_thread(_open_exports, config, model, catalog)
+    base = await asyncio.to_thread(served_base, model, config.revision, client.ready, is_demo=config.is_demo)
+    folder = catalog.staging.with_name("exports")
+    exports = await asyncio.to_thread(ExportManager, folder, catalog.registry, base)
     jobs = await asyncio.to_thread(JobManager, catalog.staging.parent, catalog, config.tensorboard)
     opened.callback(jobs.close)
     metrics.service.watch(client, config.data_dir, exports.counts)
@@ -267,11 +264,6 @@ def _import_adapters(folders: AdapterFolders, config: ServeConfig) -> None:
     folders.add_modules(modules)
     if config.adapter_dir:
         folders.scan()
-
-
-def _open_exports(config: ServeConfig, model: str, catalog: AdapterCatalog) -> ExportManager:
-    base = served_base(model, config.revision, catalog.engine.ready, is_demo=config.is_demo)
-    return ExportManager(catalog.staging.with_name("exports"), catalog.registry, base)
 
 
 def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:

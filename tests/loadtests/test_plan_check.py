@@ -28,18 +28,18 @@ def write_model(directory: Path, vocabulary: int) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("vocabulary", "largest"),
-    [(8192, "logits"), (320, "layer_activations")],  # the first as in real models
+    ("vocabulary", "length", "largest"), [(8192, 128, "logits"), (320, 512, "layer_activations")]
 )
 def test_planned_is_measured(
     vocabulary: int,
+    length: int,
     largest: str,
     dtype: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = write_model(tmp_path / "model", vocabulary)
-    case = Case(str(model), device="cpu", dtype=dtype, max_seq_length=512, batch_size=2, r=8)
+    case = Case(str(model), device="cpu", dtype=dtype, max_seq_length=length, batch_size=2, r=8)
     shape = read_model(str(model), "small")
     item = 4 if dtype == "float32" else 2
     memory = method_memory(shape, training_options(shape, case.recipe(), "cpu"), "qlora", "cpu", item)
@@ -49,7 +49,7 @@ def test_planned_is_measured(
     assert found.planned_training == memory.beside_weights
     assert abs(found.ratio - 1) <= GOAL
     show([found])
-    assert "2 x 512" in capsys.readouterr().out
+    assert f"2 x {length}" in capsys.readouterr().out
 
 
 def test_a_model_that_cannot_be_measured_is_said(tmp_path: Path) -> None:
