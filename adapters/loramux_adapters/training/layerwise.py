@@ -88,8 +88,7 @@ class LayerStack:
     def start(self, ids: torch.Tensor, piece: Piece) -> tuple[torch.Tensor, list[Call]]:
         """A piece `[1, T, hidden]` of token ids `[T]`, embedded, and how each layer is called for it.
 
-        What travels between the layers is fp32, whatever they compute in: in 16 bits its gradient loses what Adam's
-        first steps are about.
+        What travels between the layers is fp32, as what adapters add to it is, whatever the layers compute in.
         """
         positions = piece.positions(self.device)
         with torch.no_grad():
