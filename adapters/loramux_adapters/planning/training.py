@@ -41,6 +41,7 @@ class TrainingOptions:
     packing: bool
     optimizer: Optimizer
     lora_dropout: float
+    accumulates: bool  # gradients over several micro-batches
 
     @property
     def tokens(self) -> int:
@@ -60,6 +61,7 @@ class MethodMemory:
     layer_inputs: int
     layer_activations: int
     logits: int
+    accumulates: bool
 
     @property
     def total(self) -> int:
@@ -68,7 +70,7 @@ class MethodMemory:
     @property
     def beside_weights(self) -> int:
         """What training adds to a base that is resident anyway."""
-        return self.adapter + self.optimizer + alive_at_once(self)
+        return self.adapter + self.optimizer + alive_at_once(self, accumulates=self.accumulates)
 
 
 def training_options(model: ModelShape, recipe: Recipe, device: Device) -> TrainingOptions:
@@ -86,6 +88,7 @@ def training_options(model: ModelShape, recipe: Recipe, device: Device) -> Train
         packing=resolved.packing,
         optimizer=resolved.optimizer,
         lora_dropout=resolved.lora_dropout,
+        accumulates=resolved.gradient_accumulation_steps > 1,
     )
 
 
@@ -111,6 +114,7 @@ def method_memory(
         layer_inputs=beside.layer_inputs,
         layer_activations=beside.layer_activations,
         logits=beside.logits,
+        accumulates=options.accumulates,
     )
 
 
@@ -127,6 +131,7 @@ def _full(model: ModelShape, options: TrainingOptions, device: Device, item: int
         layer_inputs=beside.layer_inputs,
         layer_activations=beside.layer_activations,
         logits=beside.logits,
+        accumulates=options.accumulates,
     )
 
 
@@ -148,6 +153,7 @@ def _pass(
         longest=options.max_seq_length,
         device=device,
         alone=True,
+        accumulates=options.accumulates,
     )
 
 

@@ -57,6 +57,12 @@ def test_the_lora_columns_are_the_trainers_own_figures(llama: ModelShape) -> Non
     assert made.methods["qlora"].total < made.methods["lora"].total < made.methods["full"].total
 
 
+def test_accumulated_gradients_stay_beside_layer_inputs(llama: ModelShape) -> None:
+    once, micro = (plan(llama, gradient_accumulation_steps=steps).methods["qlora"] for steps in (1, 4))
+    assert once.layer_inputs > once.gradients
+    assert micro.total == once.total + once.gradients
+
+
 def test_what_auto_becomes_in_a_plan(llama: ModelShape) -> None:
     made = plan(llama)
     assert (made.training.r, made.training.batch_size, made.training.max_seq_length) == (16, 1, 2048)
