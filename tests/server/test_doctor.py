@@ -40,8 +40,8 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
 
     def run(*arguments: str) -> tuple[object, str]:
         monkeypatch.setenv("COLUMNS", "200")
-        defaults = ["--data-dir", str(tmp_path / "data"), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", ["loramux", "doctor", *defaults, *arguments])
+        monkeypatch.setenv("LORAMUX_DATA_DIR", str(tmp_path / "data"))
+        monkeypatch.setattr(sys, "argv", ["loramux", "doctor", "--device", "cpu", *arguments])
         code: object = 0
         try:
             cli.main()
@@ -70,6 +70,16 @@ def test_a_healthy_machine(doctor: Any, tmp_path: Path) -> None:
     checks = {one["check"] for one in found["findings"]}
     assert {"python", "system", "memory", "libraries", "bitsandbytes", "data directory", "port"} <= checks
     assert not (tmp_path / "data").exists()  # looking makes nothing
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [((), "data"), (("--data-dir", "other"), "other")])
+def test_the_data_directory_is_the_one_serve_would_use(
+    arguments: tuple[str, ...], expected: str, doctor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, out = doctor("--port", str(free_port()), "--json", *arguments)
+    (finding,) = [one for one in json.loads(out)["findings"] if one["check"] == "data directory"]
+    assert Path(finding["detail"].split(":")[0]).resolve() == tmp_path / expected, finding
 
 
 def test_faults_are_the_exit_code_and_have_advice(doctor: Any, tmp_path: Path, adapter: Path) -> None:
