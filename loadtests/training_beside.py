@@ -12,17 +12,13 @@ and against those without it. Asserts nothing.
 from __future__ import annotations
 
 import itertools
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from loadtests import BenchError
 from loadtests import scenarios as names
 from loadtests.client import Load, Request, run_load
 from loadtests.prompts import make_prompts
@@ -30,27 +26,13 @@ from loadtests.report import Figure, Result
 from loadtests.rounds import answers_of, held_against_reference, p99_gap, repeats, settings_of
 from loadtests.scenarios import Scenario
 from loadtests.server import ServerProcess, base_name
-from loramux_adapters.errors import LoramuxError
-from loramux_server.jobs_client import JobsClient
+from loadtests.training_job import Job, Pace, endless_job
 
 if TYPE_CHECKING:
     from loadtests.bench import Bench
 
 _BUDGETS_MS = {names.DEFAULT_BUDGET: None, names.LARGE_BUDGET: 100}
-_ROWS, _ROW_WORDS, _BATCH = 64, 60, 2
-_STEPS = 4  # that a rate is read off
 _HALF_LOADS = 6  # requests that the CPU time of half load is read off
-_LONGEST_S = 600.0
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Of training: tokens a second, and the share of the time in which it computed."""
-
-    rate: float
-    share: float
 
 
 @dataclass
@@ -138,7 +120,7 @@ def _measure(bench: Bench, server: ServerProcess, requests: list[Request]) -> Fo
     url = server.wait_ready()[0]
     base, found = base_name(url, []), Found()
     run_load(url, base, requests)  # the first one pays for what is made once
-    with _job(bench, url, base) as job:
+    with endless_job(url, base, bench.directory) as job:
         found.answers[names.ALONE] = job.paused(lambda: run_load(url, base, requests, token_names=True))
         found.answers[names.BESIDE_JOB] = run_load(url, base, requests, token_names=True)
         for _ in range(bench.options.rounds):
@@ -147,7 +129,7 @@ def _measure(bench: Bench, server: ServerProcess, requests: list[Request]) -> Fo
 
 
 def _round(
-    job: _Job, server: ServerProcess, where: tuple[str, str], requests: list[Request], found: Found
+    job: Job, server: ServerProcess, where: tuple[str, str], requests: list[Request], found: Found
 ) -> None:
     url, base = where
     alone = job.paused(lambda: run_load(url, base, requests))
@@ -190,112 +172,3 @@ def _cores(server: ServerProcess, work: Callable[[], object]) -> float:
     cpu, began = server.cpu_seconds(), time.perf_counter()
     work()
     return (server.cpu_seconds() - cpu) / (time.perf_counter() - began)
-
-
-# --- the job --------------------------------------------------------------------------------------------------------
-
-
-class _Job:
-    """One under training, and when its steps were done, as the stream of its events says it."""
-
-    def __init__(self, client: JobsClient, job_id: str) -> None:
-        self.id = job_id
-        self._client = client
-        self._steps: list[tuple[float, int, float]] = []  # when, its tokens, seconds it computed
-        self._stops = 0
-        self._ended = ""
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
-        self._watcher.start()
-        self.wait_for(1)
-
-    def _watch(self) -> None:
-        try:
-            for event in self._client.events(self.id):
-                data = event["data"]
-                if event["type"] == "metrics" and "tokens" in data:
-                    self._steps.append((time.perf_counter(), data["tokens"], data["seconds"]))
-                self._stops += event["message"].startswith("Stopped after step")
-        except LoramuxError as error:
-            self._ended = error.message
-        self._ended = self._ended or str(self._client.show(self.id)["error"] or "it ended")
-
-    def wait_for(self, steps: int) -> None:
-        """Until so many more are done."""
-        wanted = len(self._steps) + steps
-        self._until(lambda: len(self._steps) >= wanted, f"takes no {steps} steps")
-
-    def paused(self, work: Callable[[], T]) -> T:
-        stops = self._stops
-        self._client.change(self.id, "pause")
-        self._until(lambda: self._stops > stops, "does not pause")
-        try:
-            return work()
-        finally:
-            self._client.change(self.id, "resume")
-            self.wait_for(1)
-
-    def pace(self, ask: Callable[[], object]) -> Pace:
-        """While `ask` is called over and over, from the end of a step to the end of a later one."""
-        stop = threading.Event()
-        failures: list[BenchError] = []
-
-        def go_on() -> None:
-            try:
-                while not stop.is_set():
-                    ask()
-            except BenchError as error:
-                failures.append(error)
-
-        asking = threading.Thread(target=go_on)
-        asking.start()
-        try:
-            self.wait_for(1)  # which others may have begun
-            first = len(self._steps)
-            self.wait_for(_STEPS)
-        finally:
-            stop.set()
-            asking.join()
-        if failures:
-            raise failures[0]
-        taken = self._steps[first - 1 : first + _STEPS]
-        wall = taken[-1][0] - taken[0][0]
-        tokens, computed = (sum(step[part] for step in taken[1:]) for part in (1, 2))
-        return Pace(tokens / wall, computed / wall)
-
-    def cancel(self) -> None:
-        self._client.change(self.id, "cancel")
-        self._watcher.join()
-
-    def _until(self, done: Callable[[], bool], failing: str) -> None:
-        began = time.monotonic()
-        while not done():
-            if self._ended:
-                raise BenchError(f"the fine-tuning job ended: {self._ended}")
-            if time.monotonic() - began > _LONGEST_S:
-                raise BenchError(f"the fine-tuning job {failing} in {_LONGEST_S:g} seconds")
-            time.sleep(0.02)
-
-
-@contextmanager
-def _job(bench: Bench, url: str, base: str) -> Iterator[_Job]:
-    """It goes on for as long as it is needed."""
-    path = bench.directory / "training-beside.jsonl"
-    words = itertools.cycle(
-        ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "runs", "away"]
-    )
-    rows = [{"text": " ".join(itertools.islice(words, _ROW_WORDS))} for _ in range(_ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    client = JobsClient(url)
-    fields = {"n_epochs": 50, "batch_size": _BATCH, "save_steps": 1_000_000, "learning_rate": 1e-5}
-    created = client.create(
-        {
-            "model": base,
-            "training_file": client.upload(path)["id"],
-            "method": {"type": "supervised", "supervised": {"hyperparameters": fields}},
-        }
-    )
-    job = _Job(client, created["id"])
-    try:
-        yield job
-    finally:
-        job.cancel()

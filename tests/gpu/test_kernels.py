@@ -9,7 +9,8 @@ import torch
 
 from loramux_adapters.nf4 import ROUNDING, NF4Linear, NF4Weight, bnb_matmul, cuda_matmul, tensor_bytes
 from loramux_adapters.nf4_rows import choose_few_rows
-from loramux_server.engine.decode_kernel import decode_kernel, reference
+from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
+from loramux_server.engine.paged_batch import Ragged
 
 SHAPES = [  # kv_heads, query heads, head_dim: Llama-2-7B, Llama-3-8B, SmolLM2-135M, Gemma 2 9B, Phi-3
     (32, 32, 128),
@@ -20,10 +21,15 @@ SHAPES = [  # kv_heads, query heads, head_dim: Llama-2-7B, Llama-3-8B, SmolLM2-1
 ]
 
 
+ROWS = {"decode": (1, 1, 1, 1, 1), "prefill": (1, 16, 9, 511, 200)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("kv_heads", "heads", "dim"), SHAPES)
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (300, None), (None, 50.0), (16, 30.0)])
-def test_decode_attention(
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_attention(
+    kind: str,
     kv_heads: int,
     heads: int,
     dim: int,
@@ -32,7 +38,7 @@ def test_decode_attention(
     dtype: torch.dtype,
     cuda: torch.device,
 ) -> None:
-    kernel = decode_kernel(cuda, dtype, block_size=16, heads=heads, kv_heads=kv_heads, head_dim=dim)
+    kernel = attention_kernels(cuda, dtype, AttentionShape(16, heads, kv_heads, dim)).decode
     assert kernel is not None
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, 16, 17, 511, 1000])
@@ -42,17 +48,22 @@ def test_decode_attention(
     for own, length in zip(table, lengths.tolist(), strict=True):  # what nobody may see
         beyond = torch.arange(length, width * 16)
         store[own[beyond // 16], beyond % 16] = float("nan")
-    query = torch.randn(len(lengths), heads, dim, generator=generator)
-    tensors = (query.to(cuda, dtype), store.to(cuda, dtype), table.to(cuda), lengths.to(cuda))
+    counts = ROWS[kind]
+    begins = torch.tensor([0, *counts]).cumsum(0)
+    query = torch.randn(sum(counts), heads, dim, generator=generator).to(cuda, dtype)
+    store = store.to(cuda, dtype)
+    rows = Ragged(table.to(cuda), begins.to(cuda), lengths.to(cuda), max(counts))
     options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
-    out = torch.full_like(tensors[0], float("nan"))
-    kernel(*tensors, out, **options)
-    expected = reference(*tensors, **options)
+    out = torch.full_like(query, float("nan"))
+    kernel(query, store, rows, out, **options)
+    expected = reference(query, store, rows, **options)
     bound = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
     assert float((out.float() - expected).norm() / expected.norm()) <= bound
-    alone = torch.empty_like(out[3:4])
-    kernel(tensors[0][3:4], tensors[1], tensors[2][3:4], tensors[3][3:4], alone, **options)
-    assert torch.equal(alone[0], out[3])
+    own_rows = slice(int(begins[3]), int(begins[4]))
+    alone = torch.empty_like(out[own_rows])
+    one = Ragged(rows.block_table[3:4], rows.begins[3:5] - rows.begins[3], rows.lengths[3:4], counts[3])
+    kernel(query[own_rows], store, one, alone, **options)
+    assert torch.equal(alone, out[own_rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -18,7 +18,8 @@ from loadtests.adapters import model_directory
 from loadtests.quality_bench import METHODS, Score, Trained
 from loadtests.server import ServerProcess
 from loadtests.train_contestants import CONTESTANTS, OURS, PEER, TRL, Case, Run, taking_part
-from loadtests.training_beside import Found, Pace, arithmetic
+from loadtests.training_beside import Found, arithmetic
+from loadtests.training_job import Pace
 from tests.adapters.training.support import byte_tokenizer
 
 

@@ -79,7 +79,9 @@ def test_the_data_directory_is_the_one_serve_would_use(doctor: Any, tmp_path: Pa
         return str(finding["detail"])
 
     assert looked_at().startswith(f"{tmp_path / 'data'} (made at start)")
-    assert looked_at("--data-dir", str(tmp_path / "other")).startswith(f"{tmp_path / 'other'} (made at start)")
+    assert looked_at("--data-dir", str(tmp_path / "other")).startswith(
+        f"{tmp_path / 'other'} (made at start)"
+    )
 
 
 def test_faults_are_the_exit_code_and_have_advice(doctor: Any, tmp_path: Path, adapter: Path) -> None:

@@ -94,7 +94,7 @@ def test_what_others_left_in_the_cache_reaches_nobody(make_engine: EngineFactory
     engine = make_engine()
     engine.add(request("overflows", [5, 6, 7], max_tokens=20))
     step(engine)
-    for layer in engine.runner.cache.layers:
+    for layer in engine.runner.store.layers:
         layer.fill_(float("nan"))
     answers = run(engine, wanted)
     assert answers.pop("overflows")[-1].finish == "error"
@@ -125,7 +125,7 @@ def test_what_a_running_request_overflows_to_reaches_nobody(make_engine: EngineF
     steps_until(3, "first")  # it had block 0, which the next one gets
     engine.add(request("overflows", list(range(5, 205)), max_tokens=1))
     steps_until(len(outputs["r3"]) + 1, "r3")
-    for layer in engine.runner.cache.layers:
+    for layer in engine.runner.store.layers:
         layer[0].fill_(float("nan"))
     steps_until(1, "overflows")
     assert outputs["overflows"][0].finish == "error"

@@ -280,8 +280,8 @@ def test_no_interleaving_leaks(crowded: tuple[Engine, list[AdapterRef]], events:
             if output.finish:
                 del open_requests[output.id]
         engine.check_integrity()
-        for sequence in engine.scheduler.running:  # refused drafts hand their blocks back in the same step
-            assert len(sequence.blocks) <= engine.blocks.blocks_for(sequence.num_tokens)
+        for one in engine.scheduler.running:  # refused drafts hand their blocks back in the same step
+            assert len(one.blocks) <= engine.blocks.blocks_for(one.num_tokens)
 
     for event in events:
         if isinstance(event, str):

@@ -14,8 +14,9 @@ from loramux_adapters.bank import AdapterBank
 from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
-from loramux_server.engine.attention import Chunk, KVCache, PagedBatch
-from loramux_server.engine.decode_kernel import decode_kernel
+from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels
+from loramux_server.engine.kv_store import KVStore
+from loramux_server.engine.paged_batch import Chunk, PagedBatch
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
 
@@ -43,17 +44,9 @@ class ModelRunner:
         self.base = base
         self.bank = bank
         layers, kv_heads, head_dim = _kv_shape(base)
-        decode = decode_kernel(
-            base.device,
-            base.dtype,
-            block_size=block_size,
-            heads=base.config.num_attention_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-        )
-        self.cache = KVCache(
-            layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device, decode
-        )
+        shape = AttentionShape(block_size, base.config.num_attention_heads, kv_heads, head_dim)
+        self.kernels = attention_kernels(base.device, base.dtype, shape)
+        self.store = KVStore(layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device)
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
 
@@ -116,7 +109,7 @@ class ModelRunner:
         return rows
 
     def _paged_batch(self, items: list[Scheduled]) -> PagedBatch:
-        size = self.cache.block_size
+        size = self.store.block_size
         device = self.base.device
         slots: list[int] = []
         begun: list[int] = []
@@ -150,7 +143,8 @@ class ModelRunner:
             block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(seen), width),
             lengths=torch.tensor(lengths, dtype=torch.long, device=device),
             chunks=chunks,
-            cache=self.cache,
+            store=self.store,
+            kernels=self.kernels,
         )
 
     @torch.inference_mode()
@@ -194,7 +188,7 @@ class ModelRunner:
             )
 
     def _probe_batch(self, start: int, stop: int) -> PagedBatch:
-        size = self.cache.block_size
+        size = self.store.block_size
         device = self.base.device
         blocks = torch.arange(-(-stop // size), device=device)
         decode = stop - start == 1
@@ -205,5 +199,6 @@ class ModelRunner:
             block_table=blocks[None] if decode else blocks.new_zeros((0, 0)),
             lengths=torch.tensor([stop] if decode else [], dtype=torch.long, device=device),
             chunks=[] if decode else [Chunk(0, stop - start, start, blocks)],
-            cache=self.cache,
+            store=self.store,
+            kernels=self.kernels,
         )

@@ -1,0 +1,170 @@
+"""Whether attention runs by the Triton kernel: it must exist, run and be right on the device, or the reason is logged.
+
+`attention_kernels` gives the kernel only for a CUDA device on which it has just agreed with `reference`, in the cache's own
+dtype and head size. Decoding uses it then; prompts, for which torch has good kernels of its own, only if it was also faster
+than those on a chunk of each kind. Everywhere else keys and values are gathered (`gathered_attention.py`). Triton is
+imported here at the earliest, and only for CUDA; it compiles at run time, which needs a C compiler, and keeps what it
+compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from loramux_adapters.nf4_rows import device_seconds
+from loramux_server.engine.gathered_attention import attend_chunk
+from loramux_server.engine.kv_store import KVStore
+from loramux_server.engine.paged_batch import AttentionKernel, AttentionKernels, Chunk, PagedBatch, Ragged
+
+logger = logging.getLogger(__name__)
+
+_WORTH = 0.95  # of the gathered form's time: what is nearly equal is left to torch
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a kernel is compiled for."""
+
+    block_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def attention_kernels(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> AttentionKernels:
+    """The kernels for a cache of this shape on `device`; none if that is not a CUDA device, or they are of no use there."""
+    if device.type != "cuda":
+        return AttentionKernels()
+    try:
+        from triton.errors import TritonError
+
+        from loramux_server.engine.triton_attention import paged_attention
+    except ImportError as error:
+        logger.warning("attention gathers the KV cache: Triton cannot be imported (%s)", error)
+        return AttentionKernels()
+    try:
+        distance = probe(paged_attention, device, dtype, shape)
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        if not distance <= bound:
+            logger.warning(
+                "attention gathers the KV cache: the kernel is wrong here (relative error %.3g, at most %g is rounding)",
+                distance,
+                bound,
+            )
+            return AttentionKernels()
+        relative = prefill_time(paged_attention, device, dtype, shape)
+    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning("attention gathers the KV cache: the kernel does not run here (%s)", reason)
+        return AttentionKernels()
+    prefill = paged_attention if all(one <= _WORTH for one in relative) else None
+    logger.info(
+        "decoding attends by the Triton kernel (relative error %.1g on a probe), prompts by %s (its time over torch's: %s)",
+        distance,
+        "it too" if prefill else "torch's",
+        ", ".join(f"{one:.2f}" for one in relative),
+    )
+    return AttentionKernels(paged_attention, prefill)
+
+
+# Rows of each sequence, and how many blocks the tokens fill that its last row sees.
+_PROBES = (
+    ((1, 1, 1, 1), (0, 1, 2.1, 4.9)),
+    ((1, 40, 70, 3), (0, 2.5, 5, 4.9)),
+)
+
+
+@torch.inference_mode()
+def probe(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> float:
+    """The kernel's relative error on the worst of several sequences, in blocks that lie in disorder.
+
+    Decoding and prompts, with and without a window, with and without a cap: each is a kernel of its own, compiled before
+    requests wait.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = torch.zeros((), device=device)
+    for counts, blocks in _PROBES:
+        lengths = torch.tensor(
+            [max(count, round(n * shape.block_size)) for count, n in zip(counts, blocks, strict=True)]
+        )
+        width = -(-int(lengths.max()) // shape.block_size)
+        table = torch.randperm(len(lengths) * width, generator=generator).view(len(lengths), width)
+        size = (table.numel(), shape.block_size, 2, shape.kv_heads, shape.head_dim)
+        store = torch.randn(size, generator=generator).to(device, dtype)
+        query = torch.randn(sum(counts), shape.heads, shape.head_dim, generator=generator).to(device, dtype)
+        begins = torch.tensor([0, *counts]).cumsum(0)
+        rows = Ragged(table.to(device), begins.to(device), lengths.to(device), max(counts))
+        options: dict[str, Any] = {"scale": shape.head_dim**-0.5}
+        for window, softcap in product(
+            (None, shape.block_size + 3), (None, 1.0)
+        ):  # a cap that such scores reach
+            options |= {"window": window, "softcap": softcap}
+            out = torch.full_like(query, float("nan"))
+            kernel(query, store, rows, out, **options)
+            expected = reference(query, store, rows, **options)
+            errors = (out.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+            worst = torch.maximum(worst, errors.max())  # NaN if any is
+    return float(worst)
+
+
+@torch.inference_mode()
+def prefill_time(
+    kernel: AttentionKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: AttentionShape,
+    seconds: Callable[[torch.device, Callable[[], object]], float] = device_seconds,
+    length: int = 512,
+) -> list[float]:
+    """The kernel's time over the gathered form's, for a chunk that begins a prompt and for one behind three like it."""
+    found = []
+    for context in (0, 3 * length):
+        blocks = -(-(context + length) // shape.block_size)
+        store = KVStore(1, blocks, shape.block_size, shape.kv_heads, shape.head_dim, dtype, device)
+        query = torch.ones(length, shape.heads, shape.head_dim, dtype=dtype, device=device)
+        chunk = Chunk(0, length, context, torch.arange(blocks, device=device))
+        none = chunk.blocks[:0]
+        batch = PagedBatch(none, none, 0, none.view(0, 0), none, [chunk], store)
+        out = torch.empty_like(query)
+        scale = shape.head_dim**-0.5
+        ours = seconds(device, partial(kernel, query, store.layers[0], batch.prompts, out, scale=scale))
+        gathered = partial(attend_chunk, query, store, 0, chunk, scale=scale, window=None, softcap=None)
+        found.append(ours / seconds(device, gathered))
+    return found
+
+
+def reference(
+    query: torch.Tensor,
+    store: torch.Tensor,
+    rows: Ragged,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """What the kernel computes, a token at a time in fp32: `[T, heads, dim]`."""
+    block_size, kv_heads = store.shape[1], store.shape[3]
+    results = []
+    for number, (blocks, length) in enumerate(zip(rows.block_table, rows.lengths.tolist(), strict=True)):
+        begin, end = rows.begins[number : number + 2].tolist()
+        for row in range(begin, end):
+            seen = length - (end - 1 - row)
+            positions = torch.arange(
+                0 if window is None else max(0, seen - window), seen, device=query.device
+            )
+            held = store[blocks[positions // block_size], positions % block_size].float()
+            keys, values = held.unbind(1)  # [L, kv_heads, dim]
+            one = query[row].float()
+            scores = torch.einsum("hgd,lhd->hgl", one.view(kv_heads, -1, one.shape[-1]), keys) * scale
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            results.append(torch.einsum("hgl,lhd->hgd", scores.softmax(-1), values).reshape(one.shape))
+    return torch.stack(results)

@@ -1,0 +1,50 @@
+"""Keys and values of every layer, in blocks: where a step writes them and attention reads them.
+
+Layout follows PagedAttention (Kwon et al. 2023, https://arxiv.org/abs/2309.06180): a block holds `block_size` tokens of one
+sequence. Which blocks are whose is `kv_cache.py`'s knowledge.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loramux_adapters.kernels import zeros_on_demand
+
+
+class KVStore:
+    """Per layer `[num_blocks, block_size, 2, kv_heads, head_dim]`."""
+
+    def __init__(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        shape = (num_blocks, block_size, 2, kv_heads, head_dim)
+        self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
+
+    def write(
+        self, layer: int, slots: torch.Tensor, begun: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store `[T, kv_heads, head_dim]` keys and values at flat positions `slots [T]`.
+
+        The blocks `begun` are cleared before: decoding reads them whole, and what their last owner left may be NaN,
+        which no mask takes out of a sum.
+        """
+        if len(begun):
+            self.layers[layer].index_fill_(0, begun, 0.0)
+        flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])
+        flat[slots] = torch.stack((key, value), dim=1)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `[..., n]` blocks as `[..., kv_heads, n * block_size, head_dim]` views of one copy."""
+        store = self.layers[layer]
+        picked = store.index_select(0, blocks.reshape(-1))
+        picked = picked.view(*blocks.shape[:-1], -1, 2, *store.shape[3:])
+        key, value = picked.unbind(-3)
+        return key.transpose(-3, -2), value.transpose(-3, -2)
