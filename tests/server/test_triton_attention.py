@@ -120,6 +120,12 @@ def test_more_query_heads_than_a_tile_has_rows(interpreter: Interpreter, group: 
     assert distance(computed(interpreter, case, *tensors), reference(*tensors, **case.options)) <= 1e-5
 
 
+def test_a_tokens_window_may_begin_behind_the_first_keys_of_its_tile(interpreter: Interpreter) -> None:
+    case = Case(((70, 90),), kv_heads=1, group=1, dim=128, window=5)  # 64 tokens at once, 32 keys
+    tensors = case.tensors()
+    assert distance(computed(interpreter, case, *tensors), reference(*tensors, **case.options)) <= 1e-5
+
+
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (90, 1, 40, 8)])
 def test_a_sequence_gets_the_same_bits_in_any_batch(
     interpreter: Interpreter, counts: tuple[int, ...]
