@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from loadtests import BenchError
-from loadtests.adapters import BenchAdapter, model_directory, write_adapters
+from loadtests.adapters import COUNT, BenchAdapter, model_directory, write_adapters
 from loadtests.contestants import Contestant, Ours, Peer, Turn, check_answers
 from loadtests.lifecycle import MEASURES
 from loadtests.parity import TOLERANCES, Parity, Tokens
@@ -42,6 +42,7 @@ class Bench:
         self.options = options
         self.model = model_directory(options.model)
         self.directory = directory
+        self.loras = COUNT  # adapters that the servers have
         self._server = ExitStack()
 
     def close(self) -> None:
@@ -49,7 +50,7 @@ class Bench:
 
     @cached_property
     def adapters(self) -> list[BenchAdapter]:
-        return write_adapters(self.model, self.directory / "adapters")
+        return write_adapters(self.model, self.directory / "adapters", self.loras)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -65,6 +66,7 @@ class Bench:
                 self.directory / "server",
                 adapters=self.adapters,
                 threads=self.options.threads,
+                arguments=["--max-loras", str(self.loras)],
             )
         )
         return server.wait_ready()[0]
@@ -110,6 +112,11 @@ class Bench:
         if not self.options.no_peers:
             contestants += [Peer(name, process, requests, figure) for name in scenario.peers]
         return contestants
+
+
+def loras_for(scenarios: Sequence[Scenario]) -> int:
+    """Adapters that a server for all of these has; those with servers of their own see to it themselves."""
+    return max([COUNT, *(scenario.adapters for scenario in scenarios if not scenario.own_server)])
 
 
 def play(contestants: Sequence[Contestant], rounds: int) -> dict[str, list[Turn]]:
@@ -202,6 +209,7 @@ def run(options: argparse.Namespace, console: Console) -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as name, ExitStack() as stack:
         bench = Bench(options, Path(name))
         stack.callback(bench.close)
+        bench.loras = loras_for(scenarios)
         for scenario in scenarios:
             if scenario.is_start:
                 result = measure_start(scenario, options, Path(name))

@@ -34,8 +34,10 @@ _EACH = "peft-set-adapter"
 GOALS: Mapping[str, tuple[Goal, ...]] = {
     "single": (Goal(OURS, 1.0, over="llama.cpp"),),
     "base-8": (),
+    "base-16": (),
     "base-32": (Goal(OURS, 1.2, over="vllm"),),
     "one-adapter-32": (),
+    "adapters-32": (),
     "mixed": (
         Goal(OURS, 10, over="vllm"),
         Goal(OURS, 2.5, over="llama.cpp"),
@@ -43,6 +45,7 @@ GOALS: Mapping[str, tuple[Goal, ...]] = {
         Goal(OURS, 0.85, over=OURS_BASE),
     ),
     "prefill": (Goal(OURS, 7, over="llama.cpp"),),
+    "long-prompts": (),
 }
 
 
@@ -121,6 +124,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     results = []
     with tempfile.TemporaryDirectory(prefix="loramux-peers-") as name:
         peers = PeerBench(options, Path(name), kinds, room)
+        peers.loras = bench.loras_for(scenarios)
         try:
             for scenario in scenarios:
                 results.append(peers.run(scenario))

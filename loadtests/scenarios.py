@@ -108,6 +108,7 @@ SCENARIOS = {
         ),
         Scenario("single", "one stream on the base", streams=1, peers=("transformers",)),
         Scenario("base-8", "8 streams on the base", streams=8, peers=("transformers",)),
+        Scenario("base-16", "16 streams on the base", streams=16, peers=("transformers",)),
         Scenario(
             "base-32",
             "32 streams on the base",
@@ -138,6 +139,22 @@ SCENARIOS = {
             adapters=1,
             base_too=True,
             peers=("peft-set-adapter", "peft-batch"),
+        ),
+        Scenario(
+            "adapters-32",
+            "32 streams over 32 adapters (r16, all linears)",
+            streams=32,
+            adapters=32,
+            base_too=True,
+            peers=("peft-set-adapter", "peft-adapter-names"),
+        ),
+        Scenario(
+            "long-prompts",
+            "8 streams with prompts of 2,048 tokens and short answers",
+            streams=8,
+            prompt_tokens=2048,
+            new_tokens=16,
+            peers=("transformers",),
         ),
         Scenario(
             "prefill",
