@@ -283,12 +283,16 @@ class AdapterBank:
 
     # --- selection -----------------------------------------------------------------------------------------------
 
+    def active(self, rows: Sequence[str | None]) -> list[Slot]:
+        """Where the adapters of these rows lie, by offset."""
+        slots = [self.tier.slots[name] for name in set(rows) if name is not None]
+        return sorted(slots, key=lambda slot: slot.offset)
+
     def set_adapter(self, rows: Sequence[str | None]) -> None:
         """Choose, for each row of the next forward pass, its adapter's generation (None: the base alone).
 
         Every named generation must be resident and acquired.
         """
-        slots = [self.tier.slots[name] for name in set(rows) if name is not None]
-        slots.sort(key=lambda slot: slot.offset)
+        slots = self.active(rows)
         targeted = frozenset[str]().union(*(self._targets[slot.generation] for slot in slots))
         self.pool.select(rows, slots, targeted)

@@ -50,7 +50,7 @@ class _Cut:
 
 
 class DevicePool:
-    """A `[members, rows, in]` per group of linears that share an input, B `[rows, out]` per linear."""
+    """`a`: `[members, rows, in]` for each of `groups`, linears that share an input; `b`: `[rows, out]` for each linear."""
 
     def __init__(
         self,
@@ -62,13 +62,13 @@ class DevicePool:
         device: torch.device,
     ) -> None:
         self.device = device
-        self._groups = groups
-        self._batch = batch
-        self._a = [
+        self.groups = groups
+        self.batch = batch
+        self.a = [
             zeros_on_demand((len(group), rows, layers[group[0]].in_features), dtype, device)
             for group in groups
         ]
-        self._b = {
+        self.b = {
             n: zeros_on_demand((rows, layer.out_features), dtype, device) for n, layer in layers.items()
         }
         self.row_bytes = (
@@ -79,7 +79,7 @@ class DevicePool:
     def fill(self, slot: Slot, factors: FactorMap) -> None:
         """Write an adapter's A `[r, in]` and B `[r, out]` into its rows, zero where it has none."""
         begin, end = slot.offset, slot.offset + slot.rows
-        for group, pool in zip(self._groups, self._a, strict=True):
+        for group, pool in zip(self.groups, self.a, strict=True):
             for member, name in enumerate(group):
                 rows = pool[member, begin:end]
                 if name not in factors:
@@ -88,12 +88,12 @@ class DevicePool:
                 a, b = factors[name]
                 rows[: a.shape[0]].copy_(a, non_blocking=True)
                 rows[a.shape[0] :].zero_()
-                self._b[name][begin : begin + b.shape[0]].copy_(b, non_blocking=True)
+                self.b[name][begin : begin + b.shape[0]].copy_(b, non_blocking=True)
 
     def select(self, rows: Sequence[str | None], slots: Sequence[Slot], targeted: Collection[str]) -> None:
         """Make the batch use `slots`, by offset, for the next pass; `rows` names each row's generation or None."""
         if not slots:
-            self._batch.select({}, {}, None)
+            self.batch.select({}, {}, None)
             return
         cut = self._cut
         if cut is None or not cut.serves(slots):
@@ -105,11 +105,11 @@ class DevicePool:
                 self._cut = cut = self._make_cut(slots, targeted, prepack=True)
                 cut.steps = _STEADY_STEPS
         same = len(cut.slots) == 1 and None not in rows
-        self._batch.select(cut.shrinks, cut.expands, None if same else self._foreign(rows, cut))
+        self.batch.select(cut.shrinks, cut.expands, None if same else self._foreign(rows, cut))
 
     def _make_cut(self, slots: Sequence[Slot], targeted: Collection[str], *, prepack: bool) -> _Cut:
         cut = _Cut(tuple(slots))
-        for number, (group, pool) in enumerate(zip(self._groups, self._a, strict=True)):
+        for number, (group, pool) in enumerate(zip(self.groups, self.a, strict=True)):
             members = [member for member, name in enumerate(group) if name in targeted]
             if not members:
                 continue
@@ -118,7 +118,7 @@ class DevicePool:
             cut.shrinks[number] = Shrink(DenseKernel(stacked, prepack=prepack), len(members))
             for position, member in enumerate(members):
                 columns = slice(position * cut.span, (position + 1) * cut.span)
-                b = self._b[group[member]][cut.start : cut.stop]
+                b = self.b[group[member]][cut.start : cut.stop]
                 cut.expands[group[member]] = Expand(number, columns, b)
         return cut
 

@@ -7,6 +7,7 @@ of a few thousand weights, which says nothing about speed: it keeps the script a
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import tempfile
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--dtype", default="auto", help="as the server's --dtype")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights")
+    parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--rounds", type=int, help="of each measurement (default: 3)")
     parser.add_argument("--save", action="store_true", help="keep the figures in loadtests/results")
     parser.add_argument("--json", type=Path, metavar="DIRECTORY", help="write the figures there")
@@ -89,7 +91,7 @@ def run(name: str, options: argparse.Namespace, directory: Path) -> Report:
     rounds = options.rounds or sizes.rounds
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    checked = check(name, options.tiny, sizes, device, dtype, directory)
+    checked = check(name, options, sizes, device, dtype, directory)
     if not checked.right:
         raise BenchError(f"{name}: {checked.verdict}")
     base = random_base(name, geometry(name, tiny=options.tiny), device, dtype)
@@ -99,6 +101,7 @@ def run(name: str, options: argparse.Namespace, directory: Path) -> Report:
         settings={
             **{
                 "tiny": options.tiny,
+                "cuda_graphs": device.type == "cuda" and not options.enforce_eager,
                 "dtype": str(dtype).removeprefix("torch."),
                 "rank": RANK,
                 "rounds": rounds,
@@ -114,18 +117,23 @@ def run(name: str, options: argparse.Namespace, directory: Path) -> Report:
     )
     adapters = write_adapters(base, directory / "adapters", max(sizes.adapters) + rounds)
     streams = fitting(base, sizes, rounds, report)
-    with closing(engine_for(base, max(streams), sizes, rounds)) as engine:
-        measure(Driver(engine), adapters, streams, sizes, rounds, report)
+    measure(base, adapters, streams, sizes, rounds, options.enforce_eager, report)
+    gc.collect()  # the engine's cache, before training is given the memory
     train(base, sizes, rounds, report)
     return report
 
 
 def check(
-    name: str, tiny: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype, directory: Path
+    name: str,
+    options: argparse.Namespace,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+    directory: Path,
 ) -> parity.Checked:
-    base = random_base(name, geometry(name, tiny=tiny, layers=2), device, dtype)
+    base = random_base(name, geometry(name, tiny=options.tiny, layers=2), device, dtype)
     adapters = write_adapters(base, directory / "checked", 3)
-    with closing(engine_for(base, 8, sizes, 1)) as engine:
+    with closing(engine_for(base, 8, sizes, 1, eager=options.enforce_eager)) as engine:
         return parity.check(Driver(engine), adapters, sizes.check_tokens, new_tokens=16)
 
 
@@ -146,7 +154,7 @@ def sequence_tokens(streams: int, sizes: Sizes, rounds: int) -> int:
     return max(decoded, sizes.prompt + 1, sizes.check_tokens + 64)
 
 
-def engine_for(base: ResidentBase, streams: int, sizes: Sizes, rounds: int) -> Engine:
+def engine_for(base: ResidentBase, streams: int, sizes: Sizes, rounds: int, *, eager: bool) -> Engine:
     longest = sequence_tokens(streams, sizes, rounds)
     slots = max(sizes.adapters)
     return Engine(
@@ -159,6 +167,7 @@ def engine_for(base: ResidentBase, streams: int, sizes: Sizes, rounds: int) -> E
             max_loras=max(slots, 3),
             max_cpu_loras=slots,
             lora_rows=max(slots, 3) * RANK,
+            enforce_eager=eager,
             enable_prefix_caching=False,
         ),
     )
@@ -190,6 +199,19 @@ def fitting(base: ResidentBase, sizes: Sizes, rounds: int, report: Report) -> li
 
 
 def measure(
+    base: ResidentBase,
+    adapters: list[AdapterRef],
+    streams: list[int],
+    sizes: Sizes,
+    rounds: int,
+    eager: bool,
+    report: Report,
+) -> None:
+    with closing(engine_for(base, max(streams), sizes, rounds, eager=eager)) as engine:
+        measure_engine(Driver(engine), adapters, streams, sizes, rounds, report)
+
+
+def measure_engine(
     driver: Driver, adapters: list[AdapterRef], streams: list[int], sizes: Sizes, rounds: int, report: Report
 ) -> None:
     """Decode for every number of streams and adapters, prefill, and adapters that come from their files."""

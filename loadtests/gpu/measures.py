@@ -101,6 +101,7 @@ def decode(
     new_tokens = decode_tokens(streams, steps, rounds)
     names = [driver.add(driver.prompt(context), new_tokens, adapter) for adapter in adapters]
     driver.until_first(names)
+    driver.step()  # which is recorded, if steps are
     taken = []
     for _ in range(rounds):
         started = driver.now()
@@ -116,7 +117,7 @@ def decode(
 
 def decode_tokens(streams: int, steps: int, rounds: int) -> int:
     """New tokens a stream needs: it decodes while later ones are still read in."""
-    return rounds * steps + 2 * streams + 2
+    return rounds * steps + 2 * streams + 3
 
 
 def prefill(driver: Driver, adapter: AdapterRef | None, tokens: int, rounds: int) -> list[float]:

@@ -283,6 +283,7 @@ def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         kv_cache_bytes=config.kv_cache_memory,
         gpu_memory_utilization=config.gpu_memory_utilization,
         block_size=config.block_size,
+        enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         speculative_config=config.speculative_config,
         max_num_seqs=config.max_num_seqs,

@@ -33,7 +33,7 @@ from loramux_server.engine.messages import (
     TokenOutput,
 )
 from loramux_server.engine.options import SpeculativeConfig
-from loramux_server.engine.runner import ModelRunner
+from loramux_server.engine.runner import GraphLimits, ModelRunner
 from loramux_server.engine.sampler import Sampled, sample
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
@@ -55,6 +55,7 @@ class EngineOptions:
     max_loras: int = 8
     max_cpu_loras: int = 64
     lora_rows: int = 512
+    enforce_eager: bool = False
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
 
@@ -81,8 +82,13 @@ class Engine:
         if options.speculative_config is not None:
             self.drafter = Drafter(options.speculative_config, STEP_TOKENS[base.device.type])
         self.scheduler = Scheduler(options.limits, self.blocks, self.bank, self.drafter)
+        recorded = GraphLimits(options.limits.max_num_seqs, options.max_model_len)
         self.runner = ModelRunner(
-            base, self.bank, num_blocks=options.num_blocks, block_size=options.block_size
+            base,
+            self.bank,
+            num_blocks=options.num_blocks,
+            block_size=options.block_size,
+            graph_limits=None if options.enforce_eager else recorded,
         )
         self.sequences: dict[str, Sequence] = {}
         self._compiling: dict[str, Sequence] = {}  # wait for their grammar, in no queue yet

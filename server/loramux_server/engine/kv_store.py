@@ -12,7 +12,10 @@ from loramux_adapters.kernels import zeros_on_demand
 
 
 class KVStore:
-    """Per layer `[num_blocks, block_size, 2, kv_heads, head_dim]`."""
+    """Per layer `[num_blocks + 1, block_size, 2, kv_heads, head_dim]`.
+
+    The last block, `nobodys`, is for rows that only fill a step up to a size.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,8 @@ class KVStore:
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        shape = (num_blocks, block_size, 2, kv_heads, head_dim)
+        self.nobodys = num_blocks
+        shape = (num_blocks + 1, block_size, 2, kv_heads, head_dim)
         self.layers = [zeros_on_demand(shape, dtype, device) for _ in range(layers)]
 
     def write(

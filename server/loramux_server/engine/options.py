@@ -52,6 +52,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
+    enforce_eager: bool = False
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
     max_num_seqs: int = 64

@@ -7,7 +7,7 @@ prompts, one after the other. What attention derives from that is derived once f
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -87,6 +87,17 @@ class PagedBatch:
             )
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
+
+    def to(self, device: torch.device) -> PagedBatch:
+        return replace(
+            self,
+            slots=self.slots.to(device),
+            begun=self.begun.to(device),
+            block_table=self.block_table.to(device),
+            lengths=self.lengths.to(device),
+            chunks=[replace(chunk, blocks=chunk.blocks.to(device)) for chunk in self.chunks],
+            _masks={},
+        )
 
     @cached_property
     def decoding(self) -> Ragged:

@@ -7,6 +7,7 @@ transformers', unmodified. The step's tensors are built on the CPU and moved onc
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,7 @@ from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels
+from loramux_server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Record
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import Chunk, PagedBatch
 from loramux_server.engine.sampler import score_prompt
@@ -39,8 +41,25 @@ def _own_blocks(sequence: Sequence, length: int, block_size: int) -> list[int]:
     return sequence.blocks[: -(-length // block_size)]
 
 
+@dataclass(frozen=True, slots=True)
+class GraphLimits:
+    """What graphs are recorded for: rows of a step, and tokens of a sequence, at most."""
+
+    rows: int
+    length: int
+
+
 class ModelRunner:
-    def __init__(self, base: ResidentBase, bank: AdapterBank, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        base: ResidentBase,
+        bank: AdapterBank,
+        *,
+        num_blocks: int,
+        block_size: int,
+        graph_limits: GraphLimits | None = None,
+    ) -> None:
+        """Without `graph_limits` no step is recorded; nor is one on anything but CUDA."""
         self.base = base
         self.bank = bank
         layers, kv_heads, head_dim = _kv_shape(base)
@@ -49,6 +68,20 @@ class ModelRunner:
         self.store = KVStore(layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device)
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
+        self.graphs: DecodeGraphs | None = None
+        if graph_limits is not None and base.device.type == "cuda" and self.kernels.decode is not None:
+            self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
+
+    def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._forward,
+            self.bank,
+            self.store,
+            self.kernels,
+            record,
+            max_rows=limits.rows,
+            max_blocks=-(-limits.length // self.store.block_size),
+        )
 
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
@@ -67,24 +100,37 @@ class ModelRunner:
             tokens += item.tokens
             positions += range(start, start + item.count)
             rows += [item.sequence.generation] * item.count
-        self.bank.set_adapter(rows)
         drawn_rows = self._drawn_rows(items, order)
         kept_rows = drawn_rows + self._scored_rows(items)
+        paged = self._paged_batch(items)
+        if self.graphs is not None and not paged.chunks and kept_rows == list(range(len(tokens))):
+            replayed = self.graphs.run(tokens, positions, rows, paged)
+            if replayed is not None:
+                return replayed.to(torch.float32, copy=True)
+        self.bank.set_adapter(rows)
         device = self.base.device
-        output = self.base.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(kept_rows or [0], device=device),
-            paged=self._paged_batch(items),
+        logits = self._forward(
+            torch.tensor([tokens], device=device),
+            torch.tensor([positions], device=device),
+            torch.tensor(kept_rows or [0], device=device),
+            paged.to(device),
         )
         row = len(drawn_rows)
         for item in items:
             if positions_of := item.sequence.unscored(item.count):
-                score_prompt(item.sequence, positions_of, output.logits[0, row : row + len(positions_of)])
+                score_prompt(item.sequence, positions_of, logits[row : row + len(positions_of)])
                 row += len(positions_of)
-        logits: torch.Tensor = output.logits[0, : len(drawn_rows)]
-        return logits.float()
+        return logits[: len(drawn_rows)].float()
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, paged: PagedBatch
+    ) -> torch.Tensor:
+        """Logits `[k, vocab]` of the rows `kept [k]`; tokens and positions are `[1, T]`."""
+        output = self.base.model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=kept, paged=paged
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     @staticmethod
     def _drawn_rows(items: list[Scheduled], order: list[int]) -> list[int]:
@@ -109,8 +155,8 @@ class ModelRunner:
         return rows
 
     def _paged_batch(self, items: list[Scheduled]) -> PagedBatch:
+        """On the CPU."""
         size = self.store.block_size
-        device = self.base.device
         slots: list[int] = []
         begun: list[int] = []
         chunks: list[Chunk] = []
@@ -120,10 +166,11 @@ class ModelRunner:
             for position in range(start, start + item.count):
                 slots.append(sequence.blocks[position // size] * size + position % size)
             last, filled = divmod(start + item.count, size)
-            if filled and last * size >= start:
+            # A kernel reads no further than a sequence goes.
+            if filled and last * size >= start and self.kernels.decode is None:
                 begun.append(sequence.blocks[last])
             if item.num_known > 1:
-                blocks = torch.tensor(_own_blocks(sequence, start + item.count, size), device=device)
+                blocks = torch.tensor(_own_blocks(sequence, start + item.count, size))
                 chunks.append(Chunk(len(slots) - item.count, item.count, start, blocks))
         # A draft is one more row over the same blocks, which sees a token more than the row before it.
         seen = [
@@ -137,11 +184,11 @@ class ModelRunner:
         # A sequence's table is filled up with its own first block: what is masked must still be a number.
         table = [own + own[:1] * (width - len(own)) for own in tables]
         return PagedBatch(
-            slots=torch.tensor(slots, device=device),
-            begun=torch.tensor(begun, dtype=torch.long, device=device),
+            slots=torch.tensor(slots),
+            begun=torch.tensor(begun, dtype=torch.long),
             num_decodes=len(seen),
-            block_table=torch.tensor(table, dtype=torch.long, device=device).view(len(seen), width),
-            lengths=torch.tensor(lengths, dtype=torch.long, device=device),
+            block_table=torch.tensor(table, dtype=torch.long).view(len(seen), width),
+            lengths=torch.tensor(lengths, dtype=torch.long),
             chunks=chunks,
             store=self.store,
             kernels=self.kernels,

@@ -31,7 +31,10 @@ class Sizes:
 def plan_sizes(options: WorkerOptions, base: ResidentBase, kv_token_bytes: int) -> Sizes:
     """Raises ConfigError, naming the flag, if what was asked for does not fit."""
     lora_rows = _lora_rows(options, base)
-    budget = options.kv_cache_bytes or _free_bytes(options, base.device, lora_rows * _row_bytes(base))
+    # What CUDA graphs read is a copy of the active adapters.
+    copies = 2 if base.device.type == "cuda" and not options.enforce_eager else 1
+    reserved = copies * lora_rows * _row_bytes(base)
+    budget = options.kv_cache_bytes or _free_bytes(options, base.device, reserved)
     num_blocks = budget // (kv_token_bytes * options.block_size)
     capacity = num_blocks * options.block_size
     if capacity < 2 * options.block_size:

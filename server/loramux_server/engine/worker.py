@@ -211,6 +211,7 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
         max_loras=options.max_loras,
         max_cpu_loras=options.max_cpu_loras,
         lora_rows=sizes.lora_rows,
+        enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.enable_prefix_caching,
         speculative_config=options.speculative_config,
     )

@@ -1,0 +1,218 @@
+"""Decoding steps as CUDA graphs: recorded once for a number of rows and of rank rows, then replayed with one launch.
+
+A 7B model launches more than a thousand kernels a step, each some microseconds of the host's time; with few rows the device
+waits for them. A graph holds them all. It reads and writes fixed addresses: a step's tensors are copied into its inputs,
+filled up to the next size with rows that belong to nobody, and the active adapters are arranged in a stack
+(`loramux_adapters.stack`), filled up likewise. Base alone is a size of its own.
+
+Promises: a graph is used only after its first replay has given what the same forward pass gives without one; whatever fails
+while one is recorded is logged once, and then steps run without graphs. Steps with prompts, and those that were not
+recorded for want of room, are not for this. What records is an argument, so that all of this but CUDA's own part runs on
+every device.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loramux_adapters.bank import AdapterBank
+from loramux_adapters.stack import AdapterStack
+from loramux_server.engine.kv_store import KVStore
+from loramux_server.engine.paged_batch import AttentionKernels, PagedBatch
+
+logger = logging.getLogger(__name__)
+
+# tokens [1, n], positions [1, n], rows whose logits are wanted [k], where the rows belong -> logits [k, vocab]
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PagedBatch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`replay` computes `result` anew from what lies at the recorded addresses."""
+
+    replay: Callable[[], object]
+    result: torch.Tensor
+
+
+Record = Callable[[Callable[[], torch.Tensor]], Recording]
+
+
+class CudaRecorder:
+    """All graphs of one recorder share one pool of memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
+        """`work` has run before, so that nothing is compiled or looked up for the first time while it is recorded."""
+        graph = torch.cuda.CUDAGraph()
+        # Loader threads copy adapters and pin memory meanwhile, which the default mode forbids to all threads.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+        return Recording(graph.replay, result)
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """Numbers of rows that are recorded: 1, 2, 4, and the multiples of 8."""
+    return [*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most]
+
+
+def doubling_up_to(most: int, least: int = 16) -> list[int]:
+    """Numbers of rank rows that are recorded besides none."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
+
+
+class DecodeGraphs:
+    """Fixed inputs, and what was recorded of them."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        bank: AdapterBank,
+        store: KVStore,
+        kernels: AttentionKernels,
+        record: Record,
+        *,
+        max_rows: int,
+        max_blocks: int,
+    ) -> None:
+        """`max_blocks` of one sequence. `kernels.decode` must be there: gathering depends on how long sequences are."""
+        self._forward = forward
+        self._bank = bank
+        self._store = store
+        self._kernels = kernels
+        self._record = record
+        self._stack = AdapterStack(bank.pool)
+        self._sizes = sizes_up_to(max_rows)
+        self._rank_sizes = doubling_up_to(bank.tier.rows)
+        device = bank.device
+        self._tokens = torch.zeros(1, max_rows, dtype=torch.long, device=device)
+        self._positions = torch.zeros(1, max_rows, dtype=torch.long, device=device)
+        self._slots = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self._lengths = torch.ones(max_rows, dtype=torch.long, device=device)
+        self._table = torch.zeros(max_rows, max_blocks, dtype=torch.long, device=device)
+        self._foreign = torch.ones(max_rows * bank.tier.rows, dtype=torch.bool, device=device)
+        self._recordings: dict[tuple[int, int], Recording] = {}
+        self._recorded_steps: list[Callable[[], torch.Tensor]] = []  # they hold tensors that a graph reads
+        self.works = True
+
+    def run(
+        self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[str | None], paged: PagedBatch
+    ) -> torch.Tensor | None:
+        """Logits `[rows, vocab]` of a step that only decodes, overwritten by the next; None if it must run without graphs.
+
+        `paged` is the step's, on the CPU.
+        """
+        slots = self._bank.active(rows)
+        ranks = sum(slot.rows for slot in slots)
+        if not self.works or len(rows) > self._sizes[-1]:
+            return None
+        size = self._sizes[bisect_left(self._sizes, len(rows))]
+        rank_size = self._rank_sizes[bisect_left(self._rank_sizes, ranks)] if ranks else 0
+        if rank_size:
+            self._stack.arrange(slots, rank_size)
+
+        def fill() -> None:
+            self._fill(tokens, positions, paged)
+            self._fill_up(len(rows), size)
+            if rank_size:
+                mask = self._stack.foreign([*rows, *[None] * (size - len(rows))])
+                self._mask(size, rank_size).copy_(mask)
+
+        fill()
+        recording = self._recordings.get((size, rank_size))
+        if recording is None:
+            recording = self._recorded(size, rank_size, fill)
+            if recording is None:
+                return None
+        recording.replay()
+        return recording.result[: len(rows)]
+
+    def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
+        count, width = paged.block_table.shape
+        self._tokens[0, :count].copy_(torch.tensor(tokens))
+        self._positions[0, :count].copy_(torch.tensor(positions))
+        self._slots[:count].copy_(paged.slots)
+        self._lengths[:count].copy_(paged.lengths)
+        self._table[:count, :width].copy_(paged.block_table)
+
+    def _fill_up(self, count: int, size: int) -> None:
+        """From row `count` on, rows of one token in nobody's block."""
+        nobodys = self._store.nobodys
+        self._tokens[0, count:size] = 0
+        self._positions[0, count:size] = 0
+        self._slots[count:size] = nobodys * self._store.block_size
+        self._lengths[count:size] = 1
+        self._table[count:size] = nobodys
+
+    def _mask(self, size: int, rank_size: int) -> torch.Tensor:
+        return self._foreign[: size * rank_size].view(size, rank_size)
+
+    def _recorded(self, size: int, rank_size: int, fill: Callable[[], None]) -> Recording | None:
+        """Record one size over other rows than those that lie in the inputs now, and prove it with these.
+
+        None, for good, if that does not work.
+        """
+        began = time.perf_counter()
+        work = self._step_of(size, rank_size)
+        try:
+            expected = work().float().clone()
+            self._fill_up(0, size)
+            self._mask(size, rank_size).fill_(True)
+            recording = self._record(work)
+            fill()
+            recording.replay()
+            distance = float((recording.result.float() - expected).norm() / expected.norm().clamp(min=1e-6))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return self._give_up(f"recording one failed ({reason})")
+        bound = 1e-5 if self._store.layers[0].dtype == torch.float32 else 2e-2
+        if not distance <= bound:
+            return self._give_up(
+                f"one is wrong (relative error {distance:.3g}, at most {bound:g} is rounding)"
+            )
+        self._recordings[size, rank_size] = recording
+        self._recorded_steps.append(work)
+        seconds = time.perf_counter() - began
+        logger.info("recorded decoding of %d rows over %d rank rows in %.2f s", size, rank_size, seconds)
+        return recording
+
+    def _give_up(self, reason: str) -> None:
+        logger.warning("decoding runs without CUDA graphs: %s", reason)
+        self.works = False
+        self._recordings.clear()
+        self._recorded_steps.clear()
+
+    def _step_of(self, size: int, rank_size: int) -> Callable[[], torch.Tensor]:
+        """The forward pass of one size over the inputs."""
+        none = self._slots[:0]
+        paged = PagedBatch(
+            slots=self._slots[:size],
+            begun=none,
+            num_decodes=size,
+            block_table=self._table[:size],
+            lengths=self._lengths[:size],
+            chunks=[],
+            store=self._store,
+            kernels=self._kernels,
+        )
+        kept = torch.arange(size, device=none.device)
+        tokens, positions = self._tokens[:, :size], self._positions[:, :size]
+        foreign = self._mask(size, rank_size)
+
+        def work() -> torch.Tensor:
+            self._stack.select(rank_size, foreign)
+            return self._forward(tokens, positions, kept, paged)
+
+        return work

@@ -1,0 +1,253 @@
+"""Recorded decoding gives the tokens of steps that are not, and is given up loudly where it does not work.
+
+A tape stands for CUDA's recorder: it keeps the operations on tensors and replays them on the same memory, without any of the
+Python around them, and refuses what a graph cannot hold.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, doubling_up_to, sizes_up_to
+from loramux_server.engine.engine import Engine
+from loramux_server.engine.messages import AdapterRef, AddRequest
+from loramux_server.engine.paged_batch import AttentionKernels, Ragged
+from loramux_server.engine.runner import GraphLimits
+from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+
+
+class Tape(TorchDispatchMode):
+    """What ran while it was on. A value that the host asks for cannot be recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.operations:
+            for before, now in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if before.data_ptr() != now.data_ptr():
+                    before.copy_(now)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.replays = 0
+        self.recorded: list[weakref.ref[Callable[[], torch.Tensor]]] = []
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
+        self.recorded.append(weakref.ref(work))
+        tape = Tape()
+        with tape:
+            result = work()
+
+        def replay() -> None:
+            self.replays += 1
+            tape.replay()
+
+        return Recording(replay, result)
+
+
+def attend(
+    query: torch.Tensor,
+    store: torch.Tensor,
+    rows: Ragged,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Decoding rows, in operations whose sizes do not depend on how long sequences are."""
+    held = store[rows.block_table].flatten(1, 2)
+    keys, values = held.unbind(2)
+    positions = torch.arange(keys.shape[1])
+    seen = positions < rows.lengths[:, None]
+    if window is not None:
+        seen &= positions >= rows.lengths[:, None] - window
+    count, heads, dim = len(seen), query.shape[1], query.shape[2]
+    grouped = query[:count].reshape(count, keys.shape[2], -1, dim)
+    scores = torch.einsum("nhgd,nlhd->nhgl", grouped, keys) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    values = values.masked_fill(~seen[:, :, None, None], 0.0)
+    out[:count] = torch.einsum("nhgl,nlhd->nhgd", weights, values).reshape(count, heads, dim)
+
+
+def record_decoding(engine: Engine, record: Record, rows: int = 16) -> DecodeGraphs:
+    engine.runner.kernels = AttentionKernels(decode=attend)
+    graphs = engine.runner.decode_graphs(GraphLimits(rows, engine.options.max_model_len), record)
+    engine.runner.graphs = graphs
+    return graphs
+
+
+def adapters(engine: Engine, directory: Path) -> list[AdapterRef]:
+    recipes = [
+        Recipe(r=1, seed=1),
+        Recipe(r=8, seed=2),
+        Recipe(r=16, seed=3, use_rslora=True),
+        Recipe(r=4, seed=4),
+    ]
+    return [
+        write_adapter(directory / str(number), engine.base.geometry, recipe)
+        for number, recipe in enumerate(recipes)
+    ]
+
+
+def mixed(refs: list[AdapterRef], **params: Any) -> list[tuple[int, AddRequest]]:
+    """On the base and the adapters, arriving and ending while others decode."""
+    rng = random.Random(5)
+    who = [None, *refs, None, *reversed(refs), refs[0]]
+    return [
+        (
+            3 * number,
+            request(
+                f"r{number}",
+                [rng.randrange(3, 320) for _ in range(rng.randrange(3, 60))],
+                ref,
+                max_tokens=rng.randrange(8, 30),
+                ignore_eos=True,
+                **params,
+            ),
+        )
+        for number, ref in enumerate(who)
+    ]
+
+
+def answers(engine: Engine, wanted: list[tuple[int, AddRequest]]) -> dict[str, list[int]]:
+    found = {name: tokens_of(outputs) for name, outputs in run(engine, wanted).items()}
+    engine.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_are_those_of_steps_that_are_not_recorded(
+    architecture: str, make_engine: EngineFactory, tmp_path: Path
+) -> None:
+    options = {"lora_rows": 32, "max_loras": 4}
+    plain, engine = (make_engine(architecture, **options) for _ in range(2))
+    recorder = Recorder()
+    graphs = record_decoding(engine, recorder)
+    wanted = mixed(adapters(plain, tmp_path))
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert graphs.works
+    sizes = set(graphs._recordings)
+    assert recorder.replays > 4 * len(sizes)
+    gc.collect()
+    assert all(work() is not None for work in recorder.recorded), "a graph reads what nobody holds any more"
+    assert {rows for rows, _ in sizes} >= {1, 2, 4}
+    assert {ranks for _, ranks in sizes} >= {0, 16, 32}
+
+
+@pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"logprobs": 2}, {"temperature": 0.3, "seed": 4}])
+def test_steps_that_are_not_for_a_graph_run_without_one(
+    params: dict[str, Any], make_engine: EngineFactory, tmp_path: Path
+) -> None:
+    plain, engine = make_engine(), make_engine()
+    recorder = Recorder()
+    record_decoding(engine, recorder, rows=3)  # and more rows than were recorded
+    wanted = mixed(adapters(plain, tmp_path), **params)
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert recorder.replays > 10
+
+
+def test_rows_that_fill_a_step_up_write_to_nobodys_block(make_engine: EngineFactory, tmp_path: Path) -> None:
+    engine = make_engine()
+    recorder = Recorder()
+    record_decoding(engine, recorder)
+    ref = adapters(engine, tmp_path)[1]
+    for number in range(3):  # recorded for 4
+        engine.add(request(f"r{number}", list(range(5, 25)), ref if number else None, ignore_eos=True))
+    while not recorder.replays:
+        step(engine)
+    store, size = engine.runner.store, engine.options.block_size
+    before = [layer.clone() for layer in store.layers]
+    written = {
+        (one.blocks[one.num_computed // size], one.num_computed % size) for one in engine.scheduler.running
+    }
+    replays = recorder.replays
+    step(engine)
+    assert recorder.replays == replays + 1
+    for layer, old in zip(store.layers, before, strict=True):
+        changed = (layer != old).flatten(2).any(-1).nonzero().tolist()
+        assert {tuple(place) for place in changed} - {(store.nobodys, 0)} == written
+
+
+def broken(work: Callable[[], torch.Tensor]) -> Recording:
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+def stale(work: Callable[[], torch.Tensor]) -> Recording:
+    """A replay that leaves what was there."""
+    return Recording(lambda: None, torch.zeros_like(work()))
+
+
+def stuck(work: Callable[[], torch.Tensor]) -> Recording:
+    """A replay of what lay in the inputs when it was recorded."""
+    return Recording(lambda: None, work().clone())
+
+
+def undefined(work: Callable[[], torch.Tensor]) -> Recording:
+    return Recording(lambda: None, torch.full_like(work(), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (broken, "not permitted"),
+        (stale, "one is wrong"),
+        (stuck, "one is wrong"),
+        (undefined, "one is wrong"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_once_and_runs_as_before(
+    record: Record,
+    said: str,
+    make_engine: EngineFactory,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, engine = make_engine(), make_engine()
+    graphs = record_decoding(engine, record)
+    wanted = mixed(adapters(plain, tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert answers(engine, wanted) == answers(plain, wanted)
+    assert not graphs.works
+    assert caplog.text.count("decoding runs without CUDA graphs") == 1
+    assert said in caplog.text
+    assert "and more" not in caplog.text
+
+
+def test_nothing_is_recorded_without_cuda(make_engine: EngineFactory) -> None:
+    assert make_engine().runner.graphs is None
+
+
+def test_sizes() -> None:
+    assert sizes_up_to(1) == [1]
+    assert sizes_up_to(3) == [1, 2, 3]
+    assert sizes_up_to(8) == [1, 2, 4, 8]
+    assert sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
+    assert doubling_up_to(8) == [8]
+    assert doubling_up_to(16) == [16]
+    assert doubling_up_to(100) == [16, 32, 64, 100]
