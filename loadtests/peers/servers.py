@@ -145,9 +145,9 @@ def _llama_cpp(
 
 
 def _llama_cpp_fields(request: Request, adapters: Sequence[str]) -> dict[str, Any]:
-    """Adapters have the numbers of their order; what is not named is not applied."""
-    chosen = [] if request.adapter is None else [{"id": adapters.index(request.adapter), "scale": 1.0}]
-    return {"cache_prompt": False, "lora": chosen}
+    """Adapters have the numbers of their order. What is not named is not applied, but if none is named, all are."""
+    number, scale = (0, 0.0) if request.adapter is None else (adapters.index(request.adapter), 1.0)
+    return {"cache_prompt": False, "lora": [{"id": number, "scale": scale}] if adapters else []}
 
 
 def _ask_llama_cpp(url: str, body: dict[str, Any]) -> tuple[list[int], str]:

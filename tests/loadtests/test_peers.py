@@ -93,7 +93,9 @@ def test_llama_cpp_is_told_which_adapter_by_number(scripted: str) -> None:
     contestant(LLAMA_CPP, scripted).prepare()
     for path, body in Scripted.seen:
         assert path == "/completion"
-        assert body["lora"] == ([{"id": 1, "scale": 1.0}] if body["model"] == "bench-1" else [])
+        assert body["lora"] == (
+            [{"id": 1, "scale": 1.0}] if body["model"] == "bench-1" else [{"id": 0, "scale": 0.0}]
+        )
         assert body["cache_prompt"] is False
         assert body["return_tokens"] is True
         assert body["n_predict"] == 2
