@@ -80,11 +80,15 @@ def test_on_gpus_rank_16_is_planned_for_and_the_largest_fits(monkeypatch: pytest
     assert plan(cuda, max_loras=8, max_lora_rank=8).lora_rows == 64
 
 
-def test_on_gpus_the_cache_gets_the_share_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("eager", "copies"), [(True, 1), (False, 2)])
+def test_on_gpus_the_cache_gets_the_share_that_is_left(
+    eager: bool, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * GIB, 10 * GIB))
-    sizes = plan(base("cuda"), gpu_memory_utilization=0.8, max_loras=8, max_lora_rank=16, max_num_seqs=1024)
+    given = {"max_loras": 8, "max_lora_rank": 16, "max_num_seqs": 1024}
+    sizes = plan(base("cuda"), gpu_memory_utilization=0.8, enforce_eager=eager, **given)
     adapters = 128 * 4 * 1024 * 2  # rows, linears, in + out, bytes
-    assert sizes.num_blocks == (2 * GIB - adapters) // (BLOCK * TOKEN)
+    assert sizes.num_blocks == (2 * GIB - copies * adapters) // (BLOCK * TOKEN)
     with pytest.raises(ConfigError, match="lower --max-loras or choose a smaller model"):
         plan(base("cuda"), gpu_memory_utilization=0.5)
 
