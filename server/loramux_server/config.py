@@ -110,6 +110,7 @@ class ServeConfig(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, le=1024, description="requests that run at once")
     max_num_batched_tokens: int = Field(512, ge=16, description="tokens computed per step, prompts included")
     max_queued: int = Field(1024, ge=1, description="requests accepted at once, waiting ones included")
+    scheduling_policy: Literal["fcfs", "priority"] = Field("fcfs", description="whether 'priority' counts")
     kv_cache_memory: Bytes | None = Field(
         None, ge=2**20, description="KV cache size, such as 4GiB; default: what is free"
     )

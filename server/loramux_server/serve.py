@@ -288,6 +288,7 @@ def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         speculative_config=config.speculative_config,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        scheduling_policy=config.scheduling_policy,
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
         max_cpu_loras=config.max_cpu_loras,

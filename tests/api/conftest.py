@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -98,6 +98,7 @@ class FakeEngine:
     stats: EngineStats | None = None
     not_ready: LoramuxError | None = None
     full: LoramuxError | None = None
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     calls: list[Call] = field(default_factory=list)
     pins: list[AdapterRef] = field(default_factory=list)
     listeners: list[Callable[[StepOutput], None]] = field(default_factory=list)
@@ -123,6 +124,7 @@ class FakeEngine:
             max_loras=4,
             max_cpu_loras=8,
             lora_rows=64,
+            scheduling_policy=self.scheduling_policy,
         )
 
     def check_room(self) -> None:

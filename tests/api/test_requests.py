@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -71,6 +72,9 @@ async def refused(response: httpx.Response, param: str | None, code: str = "inva
         ("cache_salt", ""),
         ("cache_salt", 1),
         ("cache_salt", "x" * 257),
+        ("priority", "1"),
+        ("priority", 2**31),
+        ("priority", 1.0),
         ("stream", "true"),
         ("user", 1),
         ("metadata", {"a": 1}),
@@ -272,6 +276,18 @@ async def test_every_parameter_reaches_the_engine(client: httpx.AsyncClient, sta
     assert (params.min_tokens, params.ignore_eos, params.stop_token_ids) == (2, True, (3, 4))
     assert (params.logprobs, params.cache_salt) == (2, "ours")
     assert 0 < params.top_p < 0.001
+
+
+@pytest.mark.parametrize("ask", [completion, chat])
+async def test_priorities_are_for_servers_that_honour_them(
+    ask: Callable[..., Awaitable[httpx.Response]], client: httpx.AsyncClient, stand: Stand
+) -> None:
+    await ask(client, priority=0)
+    assert stand.engine.calls[-1].params.priority == 0
+    assert "--scheduling-policy priority" in await refused(await ask(client, priority=-3), "priority")
+    stand.engine.scheduling_policy = "priority"
+    await ask(client, priority=-3)
+    assert stand.engine.calls[-1].params.priority == -3
 
 
 async def test_defaults_are_openais(client: httpx.AsyncClient, stand: Stand) -> None:

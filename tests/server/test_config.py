@@ -271,6 +271,8 @@ def test_switches_have_two_forms() -> None:
     assert read_config(["m"]).demo_adapters is None
     assert read_config(["m", "--demo-adapters"]).demo_adapters is True
     assert read_config(["m", "--no-demo-adapters"]).demo_adapters is False
+    assert read_config(["m"]).scheduling_policy == "fcfs"
+    assert read_config(["m", "--scheduling-policy", "priority"]).scheduling_policy == "priority"
     assert read_config(["m"]).enforce_eager is False
     assert read_config(["m", "--enforce-eager"]).enforce_eager is True
     assert read_config(["m"]).enable_prefix_caching is True

@@ -97,11 +97,17 @@ class Driver:
         self._count = 0
 
     def add(
-        self, prompt: int, answer: int = 4, adapter: str | None = None, name: str | None = None
+        self,
+        prompt: int,
+        answer: int = 4,
+        adapter: str | None = None,
+        name: str | None = None,
+        priority: int = 0,
     ) -> Sequence:
         self._count += 1
         ref = None if adapter is None else AdapterRef(adapter, f"/{adapter}")
-        made = Sequence(name or f"s{self._count}", [1] * prompt, SamplingParams(max_tokens=answer), ref)
+        params = SamplingParams(max_tokens=answer, priority=priority)
+        made = Sequence(name or f"s{self._count}", [1] * prompt, params, ref)
         assert self.blocks.blocks_for(prompt + answer) <= self.blocks.num_blocks  # as the engine refuses
         self.alive.append(made)
         self.scheduler.add(made)
@@ -246,6 +252,45 @@ def test_the_youngest_gives_way_and_is_recomputed() -> None:
     assert driver.done == ["old", "young"]
 
 
+def test_urgent_prompts_go_first() -> None:
+    driver = Driver(budget=32, seqs=3)
+    driver.add(40, name="begun")
+    driver.step()
+    driver.add(40, name="later", priority=7)
+    driver.add(40, name="usual")
+    driver.add(40, name="urgent", priority=-1)
+    assert counts(driver.step()) == {"begun": 8, "urgent": 24}
+    assert counts(driver.step()) == {"begun": 1, "urgent": 16, "usual": 15}
+    assert counts(driver.step()) == {"begun": 1, "urgent": 1, "usual": 25}
+    driver.run()
+    assert driver.done == ["begun", "urgent", "usual", "later"]
+
+
+def test_an_urgent_prompt_overtakes_one_that_is_half_computed() -> None:
+    driver = Driver(budget=32)
+    driver.add(70, name="usual")
+    driver.step()
+    driver.add(40, name="urgent", priority=-1)
+    assert counts(driver.step()) == {"usual": 32}  # nothing was left to admit it with
+    assert counts(driver.step()) == {"usual": 6, "urgent": 26}
+    driver.add(70, name="long")
+    assert counts(driver.step()) == {"usual": 1, "urgent": 14, "long": 17}
+    driver.add(40, name="second", priority=-1)
+    assert counts(driver.step()) == {"usual": 1, "urgent": 1, "long": 30}
+
+
+def test_the_least_urgent_gives_way_though_it_is_older() -> None:
+    driver = Driver(blocks=4, budget=32)
+    later = driver.add(15, answer=10, name="later", priority=1)
+    driver.add(15, answer=10, name="usual")
+    driver.step()
+    driver.step()
+    assert counts(driver.step()) == {"usual": 1}
+    assert later.status is Status.WAITING
+    driver.run()
+    assert driver.done == ["usual", "later"]
+
+
 def test_the_preempted_comes_before_what_was_queued_behind_it() -> None:
     driver = Driver(blocks=4, budget=32)
     driver.add(15, answer=10, name="old")
@@ -371,9 +416,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 60),
         answer=st.integers(1, 30),
         adapter=st.sampled_from([None, "a", "b", "c", "bad"]),
+        priority=st.sampled_from([0, 0, 0, -1, 5]),
     )
-    def add(self, prompt: int, answer: int, adapter: str | None) -> None:
-        self.driver.add(prompt, answer, adapter)
+    def add(self, prompt: int, answer: int, adapter: str | None, priority: int) -> None:
+        self.driver.add(prompt, answer, adapter, priority=priority)
 
     @precondition(lambda self: self.driver.alive)
     @rule(pick=st.integers(0, 99))

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 
 from loramux_server.engine.messages import AdapterRef, SamplingParams
 from loramux_server.engine.sequence import Sequence
-from loramux_server.engine.waiting import Verdict, WaitingQueue
+from loramux_server.engine.waiting import Verdict, WaitingLine, WaitingQueue
 
 QUANTUM = 64
 
 
-def sequence(name: str, adapter: str | None, tokens: int = 10) -> Sequence:
+def sequence(name: str, adapter: str | None, tokens: int = 10, priority: int = 0) -> Sequence:
     ref = None if adapter is None else AdapterRef(adapter, f"/{adapter}")
-    return Sequence(name, [1] * tokens, SamplingParams(max_tokens=1), ref)
+    return Sequence(name, [1] * tokens, SamplingParams(max_tokens=1, priority=priority), ref)
 
 
 def serve(
-    line: WaitingQueue, room: int, verdict: Callable[[Sequence], Verdict] | None = None
+    line: WaitingQueue | WaitingLine, room: int, verdict: Callable[[Sequence], Verdict] | None = None
 ) -> list[Sequence]:
     """One step in which `room` sequences fit; returns those admitted, in order."""
     admitted: list[Sequence] = []
@@ -186,3 +186,49 @@ def test_everyone_is_served_once_and_in_the_order_of_their_queue(
     for adapter in {s.generation for s in sequences}:
         mine = [s.id for s in served if s.generation == adapter]
         assert mine == [s.id for s in sequences if s.generation == adapter]
+
+
+# --- priorities --------------------------------------------------------------------------------------------------------
+
+
+def line_of(*entries: tuple[str, str | None, int]) -> WaitingLine:
+    """Entries (id, adapter, priority)."""
+    line = WaitingLine(QUANTUM)
+    for name, adapter, priority in entries:
+        line.push(sequence(name, adapter, priority=priority))
+    return line
+
+
+def test_lower_numbers_go_first() -> None:
+    line = line_of(("x", "a", 3), ("y", "b", 0), ("z", "a", -2), ("w", None, 0))
+    assert {s.id for s in line} == {"x", "y", "z", "w"}
+    assert len(line) == 4
+    assert [s.id for s in serve(line, 99)] == ["z", "y", "w", "x"]
+    assert len(line) == 0
+
+
+def test_nobody_gets_the_room_that_was_too_little_for_one_who_is_more_urgent() -> None:
+    line = line_of(("usual", "a", 0), ("urgent", "b", -1))
+
+    def too_large(item: Sequence) -> Verdict:
+        return Verdict.FULL if item.id == "urgent" else Verdict.ADMITTED
+
+    assert serve(line, 99, too_large) == []
+
+
+def test_one_whose_adapter_is_loading_keeps_nobody_waiting() -> None:
+    line = line_of(("usual", "a", 0), ("urgent", "b", -1))
+    loading = serve(line, 99, lambda item: Verdict.NOT_YET if item.id == "urgent" else Verdict.ADMITTED)
+    assert [s.id for s in loading] == ["usual"]
+    assert [s.id for s in serve(line, 99)] == ["urgent"]
+
+
+def test_priorities_that_nobody_has_any_more_are_forgotten() -> None:
+    line = WaitingLine(QUANTUM)
+    for priority in range(5):
+        one = sequence(f"r{priority}", None, priority=priority)
+        line.push(one)
+        if priority % 2:
+            line.remove(one)
+    serve(line, 99)
+    assert line._by_priority == {}

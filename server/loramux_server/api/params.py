@@ -117,7 +117,17 @@ def sampling_params(body: SamplingBody, wanted: Wanted, max_tokens: int, base: R
         prompt_logprobs=wanted.prompt_logprobs,
         grammar=wanted.grammar,
         cache_salt=_salt(body.cache_salt),
+        priority=_priority(body.priority or 0, base),
     )
+
+
+def _priority(given: int, base: Ready) -> int:
+    if given and base.scheduling_policy != "priority":
+        raise RequestError(
+            "priority must be 0: this server takes requests as they come; start it with --scheduling-policy priority",
+            param="priority",
+        )
+    return given
 
 
 def _salt(given: str | None) -> str | None:

@@ -145,6 +145,7 @@ class Sampling(Strict):
     stop_token_ids: StopTokenIds | None = None
     structured_outputs: StructuredOutputs | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int | None = Field(None, ge=-INT31, lt=INT31)
     stream: bool | None = None
     # Hints to a provider's bookkeeping: nothing in an answer depends on them.
     user: str | None = None

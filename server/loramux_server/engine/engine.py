@@ -32,7 +32,7 @@ from loramux_server.engine.messages import (
     StepOutput,
     TokenOutput,
 )
-from loramux_server.engine.options import SpeculativeConfig
+from loramux_server.engine.options import Policy, SpeculativeConfig
 from loramux_server.engine.runner import GraphLimits, ModelRunner
 from loramux_server.engine.sampler import Sampled, sample
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
@@ -52,6 +52,7 @@ class EngineOptions:
     block_size: int = 16
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     max_model_len: int = 2048
+    scheduling_policy: Policy = "fcfs"
     max_loras: int = 8
     max_cpu_loras: int = 64
     lora_rows: int = 512

@@ -13,6 +13,7 @@ import msgspec
 from loramux_adapters.probe import Probe
 from loramux_adapters.training.memory import DecoderShape
 from loramux_adapters.verify_report import VerifyReport
+from loramux_server.engine.options import Policy
 from loramux_server.engine.stats import AdapterEviction as AdapterEviction
 from loramux_server.engine.stats import AdapterLoad as AdapterLoad
 from loramux_server.engine.stats import DeviceSlot as DeviceSlot
@@ -45,6 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None  # the same for every token of the prompt but the first
     grammar: str | None = None  # llguidance's own form, checked by the front: what the answer has to match
     cache_salt: str | None = None  # requests with different ones share nothing in the prefix cache
+    priority: int = 0  # lower ones go first
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
@@ -241,6 +243,7 @@ class Ready(msgspec.Struct, tag="ready"):
     kv_cache_bytes: int = 0  # of all blocks
     decoder: DecoderShape | None = None  # what training memory is planned with
     context_length: int = 0  # of the base, which may be more than is served
+    scheduling_policy: Policy = "fcfs"
 
 
 class Fatal(msgspec.Struct, tag="fatal"):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+Policy = Literal["fcfs", "priority"]  # vLLM's --scheduling-policy
 _Drafts = Annotated[int, msgspec.Meta(ge=1, le=64)]
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 # What vLLM looks up if neither bound is given.
@@ -57,6 +58,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     speculative_config: SpeculativeConfig | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    scheduling_policy: Policy = "fcfs"
     max_loras: int = 8
     max_lora_rank: int = 64
     max_cpu_loras: int = 64

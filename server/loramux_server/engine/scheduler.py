@@ -3,8 +3,8 @@
 Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
 token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). A sequence whose adapter is not
 resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the KV cache runs
-out, the youngest running sequence gives its blocks back and is recomputed. Drafts come last: they get what everybody else
-left of the step and of the free blocks.
+out, the youngest running sequence of the least priority gives its blocks back and is recomputed. Drafts come last: they get
+what everybody else left of the step and of the free blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from loramux_adapters.errors import AdapterError
 from loramux_server.engine.drafts import Drafter
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
-from loramux_server.engine.waiting import Verdict, WaitingQueue
+from loramux_server.engine.waiting import Verdict, WaitingLine
 
 
 class AdapterResidency(Protocol):
@@ -45,6 +45,12 @@ class Plan:
     failed: list[tuple[Sequence, AdapterError]] = field(default_factory=list)
 
 
+def _turn(sequence: Sequence) -> tuple[bool, int]:
+    """Decoding first, then unfinished prompts by priority."""
+    is_prompt = sequence.num_pending > 1
+    return is_prompt, sequence.params.priority if is_prompt else 0
+
+
 class Scheduler:
     def __init__(
         self,
@@ -58,7 +64,7 @@ class Scheduler:
         self.adapters = adapters
         self.drafter = drafter
         self.running: list[Sequence] = []  # oldest first
-        self.waiting = WaitingQueue(limits.quantum)
+        self.waiting = WaitingLine(limits.quantum)
         self.preemptions = 0
 
     @property
@@ -89,7 +95,7 @@ class Scheduler:
     def _continue_running(self, plan: Plan) -> None:
         budget = self.limits.max_num_batched_tokens
         # Decoding first: a long prompt must not stall the streams that already talk.
-        for sequence in sorted(self.running, key=lambda s: s.num_pending > 1):
+        for sequence in sorted(self.running, key=_turn):
             count = min(sequence.num_pending, budget)
             if count == 0 or sequence.status is not Status.RUNNING:
                 continue
@@ -98,9 +104,9 @@ class Scheduler:
                 budget -= count
 
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
-        """Blocks for `num_tokens`, preempting the youngest as needed; False if that was `sequence` itself."""
+        """Blocks for `num_tokens`, preempting others as needed; False if it was `sequence`'s turn itself."""
         while not self.blocks.can_grow(sequence, num_tokens):
-            victim = self.running[-1]
+            victim = max(reversed(self.running), key=lambda s: s.params.priority)
             self._preempt(victim)
             plan.scheduled[:] = [item for item in plan.scheduled if item.sequence is not victim]
             if victim is sequence:

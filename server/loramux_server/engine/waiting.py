@@ -1,4 +1,6 @@
-"""The waiting line: a queue per adapter, served by deficit round robin. No torch.
+"""The waiting line: by priority, and within one a queue per adapter, served by deficit round robin. No torch.
+
+Lower numbers go first, as in vLLM: nobody of a higher one is admitted in a step in which one of a lower found no room.
 
 Deficit round robin (Shreedhar and Varghese 1995, https://doi.org/10.1145/217382.217453): every round each adapter's
 queue earns `quantum` tokens of prompt and spends what it admits, so that a popular adapter's queue cannot keep a rare
@@ -23,7 +25,41 @@ class Verdict(Enum):
     FULL = auto()  # nothing more fits into this step
 
 
+class WaitingLine:
+    """All that wait. `serve` offers them by priority."""
+
+    def __init__(self, quantum: int) -> None:
+        self._quantum = quantum
+        self._by_priority: dict[int, WaitingQueue] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_priority.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._by_priority.values():
+            yield from queue
+
+    def push(self, sequence: Sequence, *, front: bool = False) -> None:
+        queue = self._by_priority.setdefault(sequence.params.priority, WaitingQueue(self._quantum))
+        queue.push(sequence, front=front)
+
+    def remove(self, sequence: Sequence) -> None:
+        queue = self._by_priority[sequence.params.priority]
+        queue.remove(sequence)
+        if not queue:
+            del self._by_priority[sequence.params.priority]
+
+    def serve(self, admit: Callable[[Sequence], Verdict]) -> None:
+        for priority in sorted(self._by_priority):
+            if not self._by_priority[priority].serve(admit):
+                return
+            if not self._by_priority[priority]:
+                del self._by_priority[priority]
+
+
 class WaitingQueue:
+    """Those of one priority."""
+
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
         self._queues: OrderedDict[str | None, deque[Sequence]] = OrderedDict()
@@ -49,8 +85,8 @@ class WaitingQueue:
         self._queues[sequence.generation].remove(sequence)
         self._forget_if_empty(sequence.generation)
 
-    def serve(self, admit: Callable[[Sequence], Verdict]) -> None:
-        """Offer heads to `admit` in fair order until it says FULL or no queue can go on.
+    def serve(self, admit: Callable[[Sequence], Verdict]) -> bool:
+        """Offer heads to `admit` in fair order until it says FULL or no queue can go on; whether there is room left.
 
         A turn that capacity or a loading adapter interrupts goes on where it was, first in the next step: whoever came
         next would otherwise take every bit of room that comes free, and long prompts would starve.
@@ -60,9 +96,10 @@ class WaitingQueue:
             for key in list(going):
                 verdict = self._serve_one(key, admit)
                 if verdict is Verdict.FULL:
-                    return
+                    return False
                 if verdict is Verdict.NOT_YET or key not in self._queues:
                     going.remove(key)
+        return True
 
     def _serve_one(self, key: str | None, admit: Callable[[Sequence], Verdict]) -> Verdict | None:
         queue = self._queues[key]

@@ -183,6 +183,7 @@ def describe(base: ResidentBase, options: EngineOptions) -> Ready:
         lora_rows=options.lora_rows,
         decoder=DecoderShape.of(text_config),
         context_length=context_length(text_config),
+        scheduling_policy=options.scheduling_policy,
     )
 
 
@@ -208,6 +209,7 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
         block_size=options.block_size,
         limits=SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens),
         max_model_len=sizes.max_model_len,
+        scheduling_policy=options.scheduling_policy,
         max_loras=options.max_loras,
         max_cpu_loras=options.max_cpu_loras,
         lora_rows=sizes.lora_rows,
