@@ -85,11 +85,12 @@ class Driver:
         budget: int = 32,
         quantum: int = 64,
         caching: bool = False,
+        long: int | None = None,
         **residency: int,
     ) -> None:
         self.adapters = FakeResidency(**residency)
         self.blocks = BlockManager(blocks, BLOCK, prefix_caching=caching)  # prompts all begin alike
-        limits = SchedulerLimits(seqs, budget, quantum)
+        limits = SchedulerLimits(seqs, budget, quantum, long)
         self.scheduler = RecordingScheduler(limits, self.blocks, self.adapters)
         self.alive: list[Sequence] = []
         self.failed: list[str] = []
@@ -188,6 +189,22 @@ def test_a_long_prompt_is_cut_into_chunks_beside_the_decoding() -> None:
     assert counts(driver.step()) == {"talks": 1, "long": 31}
     assert counts(driver.step()) == {"talks": 1, "long": 7}
     assert counts(driver.step()) == {"talks": 1, "long": 1}
+
+
+def test_long_prompts_share_less_of_a_step_that_decodes() -> None:
+    driver = Driver(budget=32, long=8)
+    driver.add(40, name="first")
+    assert counts(driver.step()) == {"first": 32}  # nobody waits for a token
+    driver.add(20, name="second")
+    assert counts(driver.step()) == {"first": 8, "second": 20}
+    driver.add(30, name="long")
+    driver.add(30, name="longer")
+    driver.add(8, name="short", adapter="a")
+    assert counts(driver.step()) == {"first": 1, "second": 1, "long": 8, "short": 8}
+    driver.add(3, name="shorter", adapter="a")
+    assert counts(driver.step()) == {"first": 1, "second": 1, "short": 1, "long": 8, "shorter": 3}
+    driver.run()
+    assert driver.done.index("long") < driver.done.index("longer")
 
 
 def test_a_started_prompt_goes_before_new_ones() -> None:
@@ -410,7 +427,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.driver = Driver(blocks=12, seqs=4, budget=16, quantum=24, slots=2, delay=1, caching=self.caching)
+        sizes = {"blocks": 12, "seqs": 4, "budget": 16, "quantum": 24, "long": 8}
+        self.driver = Driver(**sizes, slots=2, delay=1, caching=self.caching)
 
     @rule(
         prompt=st.integers(1, 60),

@@ -1,7 +1,8 @@
 """Who runs in the next step: policy only, no torch, no clock.
 
 Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
-token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). A sequence whose adapter is not
+token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). While something decodes, long prompts
+get less of it together, so that they do not stall the streams; short ones get what is left. A sequence whose adapter is not
 resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the KV cache runs
 out, the youngest running sequence of the least priority gives its blocks back and is recomputed. Drafts come last: they get
 what everybody else left of the step and of the free blocks.
@@ -30,11 +31,15 @@ class AdapterResidency(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """`max_num_seqs` run at once; a step computes at most `max_num_batched_tokens` tokens."""
+    """`max_num_seqs` run at once; a step computes at most `max_num_batched_tokens` tokens.
+
+    A prompt with more than `long_prompt_tokens` left is long; in a step that decodes, all long ones get so many tokens.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     quantum: int = 256  # prompt tokens an adapter's queue earns per round
+    long_prompt_tokens: int | None = None  # None: whatever the step has
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.waiting = WaitingLine(limits.quantum)
         self.preemptions = 0
+        self._long_left = 0  # tokens that long prompts may still have of this step
 
     @property
     def has_work(self) -> bool:
@@ -76,6 +82,9 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         plan = Plan()
+        decodes = any(sequence.num_pending == 1 for sequence in self.running)
+        limits = self.limits
+        self._long_left = (decodes and limits.long_prompt_tokens) or limits.max_num_batched_tokens
         self._continue_running(plan)
         budget = self.limits.max_num_batched_tokens - sum(item.count for item in plan.scheduled)
         self._admit_waiting(plan, budget)
@@ -96,12 +105,26 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens
         # Decoding first: a long prompt must not stall the streams that already talk.
         for sequence in sorted(self.running, key=_turn):
-            count = min(sequence.num_pending, budget)
+            count = self._share(sequence, budget)
             if count == 0 or sequence.status is not Status.RUNNING:
                 continue
             if self._make_room(sequence, sequence.num_computed + count, plan):
-                plan.scheduled.append(Scheduled(sequence, count))
+                self._schedule(sequence, count, plan)
                 budget -= count
+
+    def _share(self, sequence: Sequence, left: int) -> int:
+        """Tokens of it that this step may compute, of those that are left."""
+        left = min(left, self._long_left) if self._is_long(sequence) else left
+        return min(sequence.num_pending, left)
+
+    def _schedule(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        if self._is_long(sequence):
+            self._long_left -= count
+        plan.scheduled.append(Scheduled(sequence, count))
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        limit = self.limits.long_prompt_tokens
+        return limit is not None and sequence.num_pending > limit
 
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Blocks for `num_tokens`, preempting others as needed; False if it was `sequence`'s turn itself."""
@@ -138,6 +161,8 @@ class Scheduler:
                 return ready
             if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return Verdict.FULL
+            if self._share(sequence, left) == 0:
+                return Verdict.NOT_YET
             # The whole prompt's blocks at once: half-admitted prompts would only preempt each other.
             if not self.blocks.admit(sequence):
                 return Verdict.FULL
@@ -146,8 +171,8 @@ class Scheduler:
                 sequence.holds_adapter = True
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            count = min(sequence.num_pending, left)
-            plan.scheduled.append(Scheduled(sequence, count))
+            count = self._share(sequence, left)
+            self._schedule(sequence, count, plan)
             left -= count
             return Verdict.ADMITTED
 

@@ -207,7 +207,11 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
     engine_options = EngineOptions(
         num_blocks=sizes.num_blocks,
         block_size=options.block_size,
-        limits=SchedulerLimits(options.max_num_seqs, options.max_num_batched_tokens),
+        limits=SchedulerLimits(
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            long_prompt_tokens=options.max_num_batched_tokens // 2,
+        ),
         max_model_len=sizes.max_model_len,
         scheduling_policy=options.scheduling_policy,
         max_loras=options.max_loras,
