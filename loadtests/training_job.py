@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pace:
-    """Of training: tokens a second, and the share of the time in which it computed. Both 0 if no step was finished."""
+    """Of training: tokens a second, and the share of the time in which it computed; 0 if no step began and ended."""
 
     rate: float
     share: float
@@ -73,7 +73,7 @@ class Job:
 
     def pace(self, ask: Callable[[], object]) -> Pace:
         """While `ask` is called over and over, from the end of a step to the end of a later one; or, if that takes too
-        long, from the end of a step so far as it came."""
+        long, until then."""
         stop = threading.Event()
         failures: list[BenchError] = []
 
@@ -92,7 +92,7 @@ class Job:
             while len(self._steps) <= first + _STEPS and time.perf_counter() - began < _LONGEST_PACE_S:
                 self._check()
                 time.sleep(0.02)
-            steps = self._steps[first : first + _STEPS + 1]
+            steps, ended = self._steps[first : first + _STEPS + 1], time.perf_counter()
         finally:
             stop.set()
             asking.join()
@@ -100,7 +100,7 @@ class Job:
             raise failures[0]
         if len(steps) < 2:
             return Pace(0.0, 0.0)
-        wall = steps[-1][0] - steps[0][0]
+        wall = (steps[-1][0] if len(steps) > _STEPS else ended) - steps[0][0]
         tokens, computed = (sum(step[part] for step in steps[1:]) for part in (1, 2))
         return Pace(tokens / wall, computed / wall)
 

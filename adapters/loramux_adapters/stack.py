@@ -30,6 +30,11 @@ class AdapterStack:
         self._places: dict[str, tuple[int, int]] = {}  # generation -> first row, rows
         self._selections: dict[int, tuple[dict[int, Shrink], dict[str, Expand]]] = {}
 
+    @property
+    def rows(self) -> int:
+        """Of the latest arrangement."""
+        return self._rows
+
     def arrange(self, slots: Sequence[Slot], rows: int) -> None:
         """Have all of `slots` within the first `rows` rows, which they must fit. What lies there already stays."""
         if rows != self._rows:

@@ -183,7 +183,8 @@ def fitting(base: ResidentBase, sizes: Sizes, rounds: int, report: Report) -> li
     if base.device.type != "cuda":
         return list(sizes.streams)
     free, _ = torch.cuda.mem_get_info(base.device)
-    room = _ROOM * free - max(sizes.adapters) * RANK * rank_row_bytes(base)
+    # Twice: what CUDA graphs read is a copy.
+    room = _ROOM * free - 2 * max(sizes.adapters) * RANK * rank_row_bytes(base)
     found = []
     for streams in sizes.streams:
         needed = streams * sequence_tokens(streams, sizes, rounds) * kv_bytes_per_token(base)

@@ -239,6 +239,37 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_as_before(
     assert "and more" not in caplog.text
 
 
+def test_a_request_that_overflows_does_not_end_recording(make_engine: EngineFactory, tmp_path: Path) -> None:
+    """It is in the very step that is to prove a size."""
+    engine = make_engine()
+    graphs = record_decoding(engine, Recorder())
+    engine.add(request("overflows", [5, 6, 7], max_tokens=20))
+    step(engine)
+    for layer in engine.runner.store.layers:
+        layer[: engine.runner.store.nobodys].fill_(float("nan"))
+    assert run(engine, [])["overflows"][-1].finish == "error"
+    assert graphs.works
+    assert not graphs._recordings
+    wanted = mixed(adapters(engine, tmp_path))
+    assert answers(engine, wanted) == answers(make_engine(), wanted)
+    assert graphs._recordings
+
+
+def test_a_prompts_last_token_but_one_is_scored_though_it_comes_alone(make_engine: EngineFactory) -> None:
+    plain, engine = (make_engine(max_num_batched_tokens=16, max_num_seqs=16) for _ in range(2))
+    record_decoding(engine, Recorder())
+
+    def scored(engine: Engine) -> Any:
+        talking = [(0, request(f"r{n}", [5 + n], ignore_eos=True, max_tokens=30)) for n in range(15)]
+        asked = request("asked", list(range(5, 17)), max_tokens=1, prompt_logprobs=0)
+        return run(engine, [*talking, (3, asked)])["asked"][-1].prompt_logprobs
+
+    found, expected = scored(engine), scored(plain)
+    assert len(found) == len(expected) == 11
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
 def test_nothing_is_recorded_without_cuda(make_engine: EngineFactory) -> None:
     assert make_engine().runner.graphs is None
 

@@ -207,6 +207,30 @@ def test_long_prompts_share_less_of_a_step_that_decodes() -> None:
     assert driver.done.index("long") < driver.done.index("longer")
 
 
+def test_short_prompts_go_past_long_ones_of_their_own_queue() -> None:
+    driver = Driver(budget=32, long=8)
+    driver.add(4, answer=50, name="talks")
+    driver.step()
+    for name, length in (("long", 30), ("longer", 40), ("short", 5), ("urgent", 3)):
+        driver.add(length, name=name, priority=-1 if name == "urgent" else 0)
+    assert counts(driver.step()) == {"talks": 1, "urgent": 3, "long": 8, "short": 5}
+    assert counts(driver.step()) == {"talks": 1, "urgent": 1, "short": 1, "long": 8}
+    driver.add(30, name="urgent and long", priority=-1)
+    assert counts(driver.step())["urgent and long"] == 21  # what is left beside "long", which had its share
+    assert "long" in counts(driver.step())
+
+
+def test_a_long_prompt_that_is_in_the_cache_is_not_long() -> None:
+    driver = Driver(budget=64, long=8, caching=True)
+    driver.add(33, answer=50, name="talks")
+    driver.step()
+    driver.add(120, name="long")
+    assert counts(driver.step()) == {"talks": 1, "long": 8}
+    driver.add(100, name="longer")
+    driver.add(35, name="begins alike")
+    assert counts(driver.step()) == {"talks": 1, "long": 8, "begins alike": 3}
+
+
 def test_a_started_prompt_goes_before_new_ones() -> None:
     driver = Driver(budget=32)
     driver.add(40, name="first")

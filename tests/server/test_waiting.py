@@ -216,6 +216,14 @@ def test_nobody_gets_the_room_that_was_too_little_for_one_who_is_more_urgent() -
     assert serve(line, 99, too_large) == []
 
 
+def test_one_that_has_to_wait_keeps_its_place_and_lets_others_pass() -> None:
+    line = line_of(("first", "a", 0), ("second", "a", 0), ("third", "b", 0))
+    answer = serve(line, 99, lambda item: Verdict.LATER if item.id == "first" else Verdict.ADMITTED)
+    assert [s.id for s in answer] == ["second", "third"]
+    line.push(sequence("fourth", "a"))
+    assert [s.id for s in serve(line, 99)] == ["first", "fourth"]
+
+
 def test_one_whose_adapter_is_loading_keeps_nobody_waiting() -> None:
     line = line_of(("usual", "a", 0), ("urgent", "b", -1))
     loading = serve(line, 99, lambda item: Verdict.NOT_YET if item.id == "urgent" else Verdict.ADMITTED)

@@ -6,9 +6,8 @@ filled up to the next size with rows that belong to nobody, and the active adapt
 (`loramux_adapters.stack`), filled up likewise. Base alone is a size of its own.
 
 Promises: a graph is used only after its first replay has given what the same forward pass gives without one; whatever fails
-while one is recorded is logged once, and then steps run without graphs. Steps with prompts, and those that were not
-recorded for want of room, are not for this. What records is an argument, so that all of this but CUDA's own part runs on
-every device.
+while one is recorded is logged once, and then steps run without graphs. Steps with prompts, and with more rows than are
+recorded, are not for this. What records is an argument, so that all of this but CUDA's own part runs on every device.
 """
 
 from __future__ import annotations
@@ -40,6 +39,8 @@ class Recording:
     result: torch.Tensor
 
 
+MOST_ROWS = 256  # with more the device does not wait for launches, and each size takes memory
+
 Record = Callable[[Callable[[], torch.Tensor]], Recording]
 
 
@@ -52,11 +53,27 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
         """`work` has run before, so that nothing is compiled or looked up for the first time while it is recorded."""
+        self._refuse_waiting(work)
+        stream = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Loader threads copy adapters and pin memory meanwhile, which the default mode forbids to all threads.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            # Loader threads copy adapters and pin memory meanwhile, which the default mode forbids to all threads.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a recording that is broken off leaves its own
+            raise
         return Recording(graph.replay, result)
+
+    @staticmethod
+    def _refuse_waiting(work: Callable[[], torch.Tensor]) -> None:
+        """Raises RuntimeError if the host waits for the device in it, before the allocator is in a recording."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def sizes_up_to(most: int) -> list[int]:
@@ -94,7 +111,7 @@ class DecodeGraphs:
         self._kernels = kernels
         self._record = record
         self._stack = AdapterStack(bank.pool)
-        self._sizes = sizes_up_to(max_rows)
+        self._sizes = sizes_up_to(min(max_rows, MOST_ROWS))
         self._rank_sizes = doubling_up_to(bank.tier.rows)
         device = bank.device
         self._tokens = torch.zeros(1, max_rows, dtype=torch.long, device=device)
@@ -103,6 +120,7 @@ class DecodeGraphs:
         self._lengths = torch.ones(max_rows, dtype=torch.long, device=device)
         self._table = torch.zeros(max_rows, max_blocks, dtype=torch.long, device=device)
         self._foreign = torch.ones(max_rows * bank.tier.rows, dtype=torch.bool, device=device)
+        self._logits: torch.Tensor | None = None  # [rows, vocab], of all sizes: one runs at a time
         self._recordings: dict[tuple[int, int], Recording] = {}
         self._recorded_steps: list[Callable[[], torch.Tensor]] = []  # they hold tensors that a graph reads
         self.works = True
@@ -119,7 +137,7 @@ class DecodeGraphs:
         if not self.works or len(rows) > self._sizes[-1]:
             return None
         size = self._sizes[bisect_left(self._sizes, len(rows))]
-        rank_size = self._rank_sizes[bisect_left(self._rank_sizes, ranks)] if ranks else 0
+        rank_size = self._rank_size(ranks)
         if rank_size:
             self._stack.arrange(slots, rank_size)
 
@@ -138,6 +156,13 @@ class DecodeGraphs:
                 return None
         recording.replay()
         return recording.result[: len(rows)]
+
+    def _rank_size(self, ranks: int) -> int:
+        """The stack's size as it is, if that is not far too large: to change it is to copy all that is active."""
+        if not ranks:
+            return 0
+        size = self._rank_sizes[bisect_left(self._rank_sizes, ranks)]
+        return self._stack.rows if size <= self._stack.rows <= 2 * size else size
 
     def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
         count, width = paged.block_table.shape
@@ -162,7 +187,7 @@ class DecodeGraphs:
     def _recorded(self, size: int, rank_size: int, fill: Callable[[], None]) -> Recording | None:
         """Record one size over other rows than those that lie in the inputs now, and prove it with these.
 
-        None, for good, if that does not work.
+        None if these prove nothing; None, for good, if it does not work.
         """
         began = time.perf_counter()
         work = self._step_of(size, rank_size)
@@ -173,7 +198,11 @@ class DecodeGraphs:
             recording = self._record(work)
             fill()
             recording.replay()
-            distance = float((recording.result.float() - expected).norm() / expected.norm().clamp(min=1e-6))
+            # An adapter that overflows fails its own request, and is no proof of anything.
+            rows = expected.isfinite().all(-1)
+            expected, found = expected[rows], recording.result.float()[rows]
+            distance = float((found - expected).norm() / expected.norm().clamp(min=1e-6))
+            proven = bool(rows.any())
         except RuntimeError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._give_up(f"recording one failed ({reason})")
@@ -181,6 +210,8 @@ class DecodeGraphs:
         bound = 1e-5 if self._store.layers[0].dtype == torch.float32 else 2e-2
         if not distance <= bound:
             self._give_up(f"one is wrong (relative error {distance:.3g}, at most {bound:g} is rounding)")
+            return None
+        if not proven:
             return None
         self._recordings[size, rank_size] = recording
         self._recorded_steps.append(work)
@@ -213,6 +244,9 @@ class DecodeGraphs:
 
         def work() -> torch.Tensor:
             self._stack.select(rank_size, foreign)
-            return self._forward(tokens, positions, kept, paged)
+            logits = self._forward(tokens, positions, kept, paged)
+            if self._logits is None:
+                self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])
+            return self._logits[:size].copy_(logits)
 
         return work

@@ -1,4 +1,4 @@
-"""Accounting of KV blocks: who holds which, how many are left. No torch; the bytes are in `attention.py`.
+"""Accounting of KV blocks: who holds which, how many are left. No torch; the bytes are in `kv_store.py`.
 
 A block holds the keys and values of `block_size` consecutive tokens in every layer. Once all of them are computed it may be
 shared by sequences that begin alike, and outlive them until its memory is needed (`prefix_cache.py`). Promises: a block
@@ -70,6 +70,10 @@ class BlockManager:
         self._count(sequence)
         self.grow(sequence, sequence.num_tokens)
         return True
+
+    def num_found(self, sequence: Sequence) -> int:
+        """Tokens of a sequence that has no blocks which `admit` would find in the cache now."""
+        return len(self._find(sequence)) * self.block_size
 
     def publish(self, sequence: Sequence, start: int) -> None:
         """Tokens from `start` to `num_computed` are in the cache now: blocks that became full can be found."""

@@ -103,7 +103,7 @@ class ModelRunner:
         drawn_rows = self._drawn_rows(items, order)
         kept_rows = drawn_rows + self._scored_rows(items)
         paged = self._paged_batch(items)
-        if self.graphs is not None and not paged.chunks and kept_rows == list(range(len(tokens))):
+        if self.graphs is not None and not paged.chunks and drawn_rows == list(range(len(tokens))):
             replayed = self.graphs.run(tokens, positions, rows, paged)
             if replayed is not None:
                 return replayed.to(torch.float32, copy=True)

@@ -114,13 +114,22 @@ class Scheduler:
 
     def _share(self, sequence: Sequence, left: int) -> int:
         """Tokens of it that this step may compute, of those that are left."""
-        left = min(left, self._long_left) if self._is_long(sequence) else left
+        left = min(left, max(0, self._long_left)) if self._is_long(sequence) else left
         return min(sequence.num_pending, left)
 
     def _schedule(self, sequence: Sequence, count: int, plan: Plan) -> None:
         if self._is_long(sequence):
             self._long_left -= count
         plan.scheduled.append(Scheduled(sequence, count))
+
+    def _keeps_out(self, sequence: Sequence) -> bool:
+        """Whether it is long, and prompts that are as urgent have all that long ones may get of this step."""
+        limit = self.limits.long_prompt_tokens
+        if limit is None or self._long_left > 0 or not self._is_long(sequence):
+            return False
+        prompts = [s.params.priority for s in self.running if s.num_pending > 1]
+        as_urgent = any(priority <= sequence.params.priority for priority in prompts)
+        return as_urgent and sequence.num_pending - self.blocks.num_found(sequence) > limit
 
     def _is_long(self, sequence: Sequence) -> bool:
         limit = self.limits.long_prompt_tokens
@@ -161,8 +170,8 @@ class Scheduler:
                 return ready
             if left <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 return Verdict.FULL
-            if self._share(sequence, left) == 0:
-                return Verdict.NOT_YET
+            if self._keeps_out(sequence):
+                return Verdict.LATER
             # The whole prompt's blocks at once: half-admitted prompts would only preempt each other.
             if not self.blocks.admit(sequence):
                 return Verdict.FULL
@@ -171,7 +180,7 @@ class Scheduler:
                 sequence.holds_adapter = True
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            count = self._share(sequence, left)
+            count = self._share(sequence, left) or min(sequence.num_pending, left)
             self._schedule(sequence, count, plan)
             left -= count
             return Verdict.ADMITTED

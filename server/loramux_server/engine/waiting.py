@@ -1,6 +1,7 @@
 """The waiting line: by priority, and within one a queue per adapter, served by deficit round robin. No torch.
 
-Lower numbers go first, as in vLLM: nobody of a higher one is admitted in a step in which one of a lower found no room.
+Lower numbers go first, as in vLLM: nobody of a higher one is admitted in a step in which one of a lower found no seat or no
+memory.
 
 Deficit round robin (Shreedhar and Varghese 1995, https://doi.org/10.1145/217382.217453): every round each adapter's
 queue earns `quantum` tokens of prompt and spends what it admits, so that a popular adapter's queue cannot keep a rare
@@ -21,6 +22,7 @@ class Verdict(Enum):
 
     ADMITTED = auto()
     DROPPED = auto()  # it failed for good; look at the next one
+    LATER = auto()  # it has to wait for another step; look at the next one
     NOT_YET = auto()  # this adapter's queue has to wait for another step
     FULL = auto()  # nothing more fits into this step
 
@@ -107,13 +109,22 @@ class WaitingQueue:
             self._interrupted.remove(key)  # it has earned for this turn already
         else:
             self._deficit[key] += self._quantum
-        while queue and queue[0].num_pending <= self._deficit[key]:
-            verdict = admit(queue[0])
+        place = 0  # behind those that keep theirs
+        while place < len(queue) and queue[place].num_pending <= self._deficit[key]:
+            sequence = queue[place]
+            verdict = admit(sequence)
+            if verdict is Verdict.LATER:
+                place += 1
+                continue
             if verdict in (Verdict.NOT_YET, Verdict.FULL):
                 self._interrupted.add(key)
                 return verdict
             # What is left to compute: tokens that the prefix cache had cost the others nothing.
-            self._deficit[key] -= queue.popleft().num_pending
+            self._deficit[key] -= sequence.num_pending
+            del queue[place]
+        if place:
+            self._interrupted.add(key)
+            return Verdict.NOT_YET
         self._queues.move_to_end(key)
         self._forget_if_empty(key)
         return None
