@@ -170,7 +170,7 @@ class OneLayer(nn.Module):
 def step_of(case: Case, kernels: AttentionKernels = GATHERED) -> tuple[torch.Tensor, torch.Tensor]:
     """What `paged_attention` gives for a step that writes the sequences' rows, and what it should give."""
     query, values, rows = replace(case, window=None).tensors()
-    store = KVStore(1, len(values), case.block_size, case.kv_heads, case.dim, case.dtype, values.device)
+    store = KVStore(1, len(values) - 1, case.block_size, case.kv_heads, case.dim, case.dtype, values.device)
     store.layers[0].copy_(values.nan_to_num(0.0))
     slots = []
     for table, (count, length) in zip(rows.block_table, case.sequences, strict=True):
