@@ -113,7 +113,7 @@ def test_streams_that_do_not_fit_are_left_out_and_named(monkeypatch: pytest.Monk
     sizes = gpu.TINY
     base = random_base("llama-2-7b", geometry("llama-2-7b", tiny=True), torch.device("cpu"), torch.float32)
     one = gpu.sequence_tokens(1, sizes, 2) * kv_bytes_per_token(base)
-    rows = 2 * RANK * gpu.rank_row_bytes(base)
+    rows = 2 * 2 * RANK * gpu.rank_row_bytes(base)  # two adapters, and the graphs' copy of them
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int((rows + 1.5 * one) / 0.85), 0))
     found = report(1e12)
     assert gpu.fitting(replace(base, device=torch.device("cuda")), sizes, 2, found) == [1]
