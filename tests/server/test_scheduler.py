@@ -323,9 +323,10 @@ def test_an_urgent_prompt_overtakes_one_that_is_half_computed() -> None:
 def test_the_least_urgent_gives_way_though_it_is_older() -> None:
     driver = Driver(blocks=4, budget=32)
     later = driver.add(15, answer=10, name="later", priority=1)
+    driver.step()
     driver.add(15, answer=10, name="usual")
     driver.step()
-    driver.step()
+    assert [s.id for s in driver.scheduler.running] == ["later", "usual"]
     assert counts(driver.step()) == {"usual": 1}
     assert later.status is Status.WAITING
     driver.run()
