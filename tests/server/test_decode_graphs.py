@@ -175,11 +175,15 @@ def test_steps_that_are_not_for_a_graph_run_without_one(
 def test_rows_that_fill_a_step_up_write_to_nobodys_block(make_engine: EngineFactory, tmp_path: Path) -> None:
     engine = make_engine()
     recorder = Recorder()
-    record_decoding(engine, recorder)
+    graphs = record_decoding(engine, recorder)
     ref = adapters(engine, tmp_path)[1]
-    for number in range(3):  # recorded for 4
-        engine.add(request(f"r{number}", list(range(5, 25)), ref if number else None, ignore_eos=True))
-    while not recorder.replays:
+    for number in range(3):
+        engine.add(
+            request(
+                f"r{number}", list(range(5, 25)), ref if number else None, ignore_eos=True, max_tokens=200
+            )
+        )
+    while 4 not in {size for size, _ in graphs._recordings}:
         step(engine)
     store, size = engine.runner.store, engine.options.block_size
     # What was written before is written again, which has to be seen as well.
