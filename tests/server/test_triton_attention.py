@@ -15,7 +15,10 @@ from torch import nn
 from loramux_server.engine import attention_kernels as kernels_module
 from loramux_server.engine.attention import paged_attention
 from loramux_server.engine.attention_kernels import (
+    DECODING,
+    PROMPTS,
     AttentionShape,
+    Sequences,
     attention_kernels,
     prefill_time,
     probe,
@@ -80,7 +83,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def sequences(most: int) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
+def some_sequences(most: int) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
     """One to three sequences of up to `most` rows behind up to 150 tokens."""
     one = st.tuples(st.integers(1, most), st.integers(0, 150)).map(lambda pair: (pair[0], pair[0] + pair[1]))
     return st.lists(one, min_size=1, max_size=3).map(tuple)
@@ -88,7 +91,7 @@ def sequences(most: int) -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
 
 cases = st.builds(
     Case,
-    sequences=sequences(1) | sequences(80),
+    sequences=some_sequences(1) | some_sequences(80),
     kv_heads=st.sampled_from([1, 2, 3]),
     group=st.sampled_from([1, 2, 3, 4, 7]),
     dim=st.sampled_from([8, 16, 64, 80, 96, 128]),
@@ -257,10 +260,11 @@ def on_the_device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the device would say of the kernel."""
     says: dict[str, Any] = {"error": 1e-6, "times": [0.5, 0.7]}
 
-    def found(*_: object) -> Any:
-        if isinstance(says["error"], Exception):
-            raise says["error"]
-        return says["error"]
+    def found(*arguments: object) -> Any:
+        error = says["of prompts"] if "of prompts" in says and arguments[-1] is PROMPTS else says["error"]
+        if isinstance(error, Exception):
+            raise error
+        return error
 
     monkeypatch.setattr(kernels_module, "probe", found)
     monkeypatch.setattr(kernels_module, "prefill_time", lambda *_: says["times"])
@@ -292,6 +296,18 @@ def test_prompts_attend_by_torchs_operators_where_these_are_as_fast(
     assert found.prefill is None
 
 
+@pytest.mark.parametrize("wrong", [0.5, float("nan"), RuntimeError("out of resource: shared memory")])
+def test_decoding_has_the_kernel_though_prompts_cannot_have_it(
+    wrong: Any, on_the_device: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    on_the_device["of prompts"] = wrong
+    with caplog.at_level(logging.WARNING):
+        found = attention_kernels(CUDA, torch.bfloat16, SHAPE)
+    assert found.decode is not None
+    assert found.prefill is None
+    assert [record.getMessage().split(" the ")[0] for record in caplog.records] == ["prompts read"]
+
+
 @pytest.mark.parametrize("wrong", [0.5, float("nan"), float("inf")])
 def test_a_kernel_that_is_wrong_on_the_device_is_not_used_and_the_log_says_so(
     wrong: float, on_the_device: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -312,8 +328,9 @@ def test_a_kernel_that_does_not_run_is_not_used_and_the_log_says_why(
     assert "and more" not in caplog.text
 
 
+@pytest.mark.parametrize("sequences", [DECODING, PROMPTS])
 @pytest.mark.parametrize("fault", ["length", "table", "begins", "window", "softcap"])
-def test_the_probe_notices_a_kernel_that_is_wrong(fault: str) -> None:
+def test_the_probe_notices_a_kernel_that_is_wrong(fault: str, sequences: Sequences) -> None:
     def attends(
         query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
     ) -> None:
@@ -326,16 +343,17 @@ def test_the_probe_notices_a_kernel_that_is_wrong(fault: str) -> None:
         options.pop(fault, None)
         out.copy_(reference(query, store, rows, **options))
 
-    assert probe(attends, torch.device("cpu"), torch.bfloat16, SHAPE) > 0.1
+    assert probe(attends, torch.device("cpu"), torch.bfloat16, SHAPE, sequences) > 0.1
 
 
-def test_the_probe_accepts_what_is_right() -> None:
+@pytest.mark.parametrize("sequences", [DECODING, PROMPTS])
+def test_the_probe_accepts_what_is_right(sequences: Sequences) -> None:
     def attends(
         query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
     ) -> None:
         out.copy_(reference(query, store, rows, **options))
 
-    assert probe(attends, torch.device("cpu"), torch.bfloat16, SHAPE) < 5e-3
+    assert probe(attends, torch.device("cpu"), torch.bfloat16, SHAPE, sequences) < 5e-3
 
 
 def test_both_forms_are_timed_on_the_same_rows() -> None:

@@ -224,6 +224,20 @@ def test_one_that_has_to_wait_keeps_its_place_and_lets_others_pass() -> None:
     assert [s.id for s in serve(line, 99)] == ["first", "fourth"]
 
 
+def test_only_so_many_are_asked_in_vain() -> None:
+    line = line_of(*((f"r{number}", None, 0) for number in range(100)))
+    asked = []
+
+    def later(item: Sequence) -> Verdict:
+        asked.append(item.id)
+        return Verdict.LATER
+
+    for _ in range(2):
+        serve(line, 99, later)
+    assert asked == 2 * [f"r{number}" for number in range(len(asked) // 2)]
+    assert len(asked) // 2 < 20
+
+
 def test_one_whose_adapter_is_loading_keeps_nobody_waiting() -> None:
     line = line_of(("usual", "a", 0), ("urgent", "b", -1))
     loading = serve(line, 99, lambda item: Verdict.NOT_YET if item.id == "urgent" else Verdict.ADMITTED)

@@ -50,68 +50,83 @@ def attention_kernels(device: torch.device, dtype: torch.dtype, shape: Attention
     except ImportError as error:
         logger.warning("attention gathers the KV cache: Triton cannot be imported (%s)", error)
         return AttentionKernels()
-    try:
-        distance = probe(paged_attention, device, dtype, shape)
-        bound = 1e-5 if dtype == torch.float32 else 2e-2
-        if not distance <= bound:
-            logger.warning(
-                "attention gathers the KV cache: the kernel is wrong here (relative error %.3g, at most %g is rounding)",
-                distance,
-                bound,
-            )
-            return AttentionKernels()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+
+    def is_right(what: str, sequences: Sequences) -> bool:
+        distance = probe(paged_attention, device, dtype, shape, sequences)
+        if distance <= bound:
+            logger.info("%s: the Triton kernel is right here (relative error %.1g)", what, distance)
+            return True
+        logger.warning(
+            "%s the gathered KV cache: the kernel is wrong here (relative error %.3g, at most %g is rounding)",
+            what,
+            distance,
+            bound,
+        )
+        return False
+
+    def is_faster() -> bool:
         relative = prefill_time(paged_attention, device, dtype, shape)
-    except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        logger.warning("attention gathers the KV cache: the kernel does not run here (%s)", reason)
-        return AttentionKernels()
-    prefill = paged_attention if all(one <= _WORTH for one in relative) else None
-    logger.info(
-        "decoding attends by the Triton kernel (relative error %.1g on a probe), prompts by %s (its time over torch's: %s)",
-        distance,
-        "it too" if prefill else "torch's",
-        ", ".join(f"{one:.2f}" for one in relative),
+        said = ", ".join(f"{one:.2f}" for one in relative)
+        logger.info(
+            "prompts attend by the Triton kernel if that is faster: its time over torch's is %s", said
+        )
+        return all(one <= _WORTH for one in relative)
+
+    def holds(what: str, *checks: Callable[[], bool]) -> bool:
+        try:
+            return all(check() for check in checks)
+        except (TritonError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            logger.warning("%s the gathered KV cache: the kernel does not run here (%s)", what, reason)
+            return False
+
+    decode = holds(_DECODING, partial(is_right, _DECODING, DECODING))
+    prefill = decode and holds(_PROMPTS, partial(is_right, _PROMPTS, PROMPTS), is_faster)
+    return AttentionKernels(
+        paged_attention if decode else None,
+        paged_attention if prefill else None,
     )
-    return AttentionKernels(paged_attention, prefill)
 
 
-# Rows of each sequence, and how many blocks the tokens fill that its last row sees.
-_PROBES = (
-    ((1, 1, 1, 1), (0, 1, 2.1, 4.9)),
-    ((1, 40, 70, 3), (0, 2.5, 5, 4.9)),
-)
+# Of each sequence: its rows, and how many blocks the tokens fill that its last row sees.
+Sequences = tuple[tuple[int, float], ...]
+DECODING: Sequences = ((1, 0), (1, 1), (1, 2.1), (1, 4.9))
+PROMPTS: Sequences = ((1, 0), (40, 2.5), (70, 5), (3, 4.9))
+_DECODING, _PROMPTS = "decoding reads", "prompts read"
 
 
 @torch.inference_mode()
-def probe(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> float:
-    """The kernel's relative error on the worst of several sequences, in blocks that lie in disorder.
+def probe(
+    kernel: AttentionKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: AttentionShape,
+    sequences: Sequences,
+) -> float:
+    """The kernel's relative error on the worst of the sequences, in blocks that lie in disorder.
 
-    Decoding and prompts, with and without a window, with and without a cap: each is a kernel of its own, compiled before
-    requests wait.
+    With and without a window, with and without a cap: each is a kernel of its own, compiled before requests wait.
     """
     generator = torch.Generator().manual_seed(0)
+    counts = [count for count, _ in sequences]
+    lengths = torch.tensor([max(count, round(blocks * shape.block_size)) for count, blocks in sequences])
+    width = -(-int(lengths.max()) // shape.block_size)
+    table = torch.randperm(len(lengths) * width, generator=generator).view(len(lengths), width)
+    size = (table.numel(), shape.block_size, 2, shape.kv_heads, shape.head_dim)
+    store = torch.randn(size, generator=generator).to(device, dtype)
+    query = torch.randn(sum(counts), shape.heads, shape.head_dim, generator=generator).to(device, dtype)
+    begins = torch.tensor([0, *counts]).cumsum(0)
+    rows = Ragged(table.to(device), begins.to(device), lengths.to(device), max(counts))
     worst = torch.zeros((), device=device)
-    for counts, blocks in _PROBES:
-        lengths = torch.tensor(
-            [max(count, round(n * shape.block_size)) for count, n in zip(counts, blocks, strict=True)]
-        )
-        width = -(-int(lengths.max()) // shape.block_size)
-        table = torch.randperm(len(lengths) * width, generator=generator).view(len(lengths), width)
-        size = (table.numel(), shape.block_size, 2, shape.kv_heads, shape.head_dim)
-        store = torch.randn(size, generator=generator).to(device, dtype)
-        query = torch.randn(sum(counts), shape.heads, shape.head_dim, generator=generator).to(device, dtype)
-        begins = torch.tensor([0, *counts]).cumsum(0)
-        rows = Ragged(table.to(device), begins.to(device), lengths.to(device), max(counts))
-        options: dict[str, Any] = {"scale": shape.head_dim**-0.5}
-        for window, softcap in product(
-            (None, shape.block_size + 3), (None, 1.0)
-        ):  # a cap that such scores reach
-            options |= {"window": window, "softcap": softcap}
-            out = torch.full_like(query, float("nan"))
-            kernel(query, store, rows, out, **options)
-            expected = reference(query, store, rows, **options)
-            errors = (out.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-            worst = torch.maximum(worst, errors.max())  # NaN if any is
+    caps = (None, 1.0)  # the second is one that such scores reach
+    for window, softcap in product((None, shape.block_size + 3), caps):
+        options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": window, "softcap": softcap}
+        out = torch.full_like(query, float("nan"))
+        kernel(query, store, rows, out, **options)
+        expected = reference(query, store, rows, **options)
+        errors = (out.float() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+        worst = torch.maximum(worst, errors.max())  # NaN if any is
     return float(worst)
 
 

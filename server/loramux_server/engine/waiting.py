@@ -16,6 +16,8 @@ from enum import Enum, auto
 
 from loramux_server.engine.sequence import Sequence
 
+_MOST_PASSED = 16  # that have to wait, in one step: each is asked again in every step
+
 
 class Verdict(Enum):
     """What became of the head of a queue."""
@@ -110,7 +112,7 @@ class WaitingQueue:
         else:
             self._deficit[key] += self._quantum
         place = 0  # behind those that keep theirs
-        while place < len(queue) and queue[place].num_pending <= self._deficit[key]:
+        while place < min(len(queue), _MOST_PASSED + 1) and queue[place].num_pending <= self._deficit[key]:
             sequence = queue[place]
             verdict = admit(sequence)
             if verdict is Verdict.LATER:
