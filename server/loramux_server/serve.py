@@ -71,7 +71,7 @@ async def _serve(
     config: ServeConfig, model: str, listener: socket.socket, guard: Guard, tracing: Tracing | None
 ) -> None:
     client = WorkerClient(
-        _worker_options(config, model),
+        worker_options(config, model),
         max_queued=config.max_queued,
         request_timeout=config.request_timeout,
         hang_timeout=config.hang_timeout,
@@ -266,7 +266,7 @@ def _import_adapters(folders: AdapterFolders, config: ServeConfig) -> None:
         folders.scan()
 
 
-def _worker_options(config: ServeConfig, model: str) -> WorkerOptions:
+def worker_options(config: ServeConfig, model: str) -> WorkerOptions:
     return WorkerOptions(
         address="",
         parent_pid=0,

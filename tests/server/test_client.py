@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -18,11 +19,13 @@ import pytest
 import pytest_asyncio
 
 from loramux_adapters.errors import BaseModelError, EngineError, QueueFull
+from loramux_server.config import read_config
 from loramux_server.engine import restarts
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.messages import AdapterRef, SamplingParams, StepOutput, TokenOutput
 from loramux_server.engine.options import WorkerOptions
 from loramux_server.engine.watch import Watch
+from loramux_server.serve import worker_options
 
 PROMPT = list(range(5, 25))
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -528,11 +531,50 @@ async def test_a_worker_ends_with_its_parent(tiny_model: Callable[[str], Path]) 
 async def test_what_the_engine_is_told_of_its_options(tiny_model: Callable[[str], Path]) -> None:
     from loramux_server.engine.worker import build_engine
 
-    told = msgspec.structs.replace(options(tiny_model("llama")), enable_prefix_caching=False)
+    told = msgspec.structs.replace(
+        options(tiny_model("llama")),
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        scheduling_policy="priority",
+        max_num_batched_tokens=64,
+    )
     engine, ready = build_engine(told)
     engine.close()
     assert not engine.blocks.prefix_caching
+    assert engine.options.enforce_eager
+    assert engine.options.limits.long_prompt_tokens == 32
     assert (ready.max_loras, ready.kv_block_size) == (told.max_loras, told.block_size)
+    assert ready.scheduling_policy == "priority"
+
+
+async def test_the_worker_is_told_what_the_configuration_says() -> None:
+    """Every setting that both have under one name, at another value than its default."""
+    flags = {
+        "--enforce-eager": (),
+        "--no-enable-prefix-caching": (),
+        "--scheduling-policy": ("priority",),
+        "--max-num-seqs": ("7",),
+        "--max-num-batched-tokens": ("77",),
+        "--max-loras": ("3",),
+        "--max-lora-rank": ("9",),
+        "--max-cpu-loras": ("5",),
+        "--block-size": ("32",),
+        "--gpu-memory-utilization": ("0.5",),
+        "--seed": ("4",),
+        "--threads": ("1",),
+        "--max-model-len": ("99",),
+        "--quantization": ("none",),
+        "--dtype": ("float32",),
+        "--device": ("cpu",),
+        "--revision": ("r",),
+        "--log-level": ("debug",),
+        "--log-format": ("json",),
+    }
+    config = read_config(["m", *itertools.chain(*((flag, *values) for flag, values in flags.items()))])
+    told, usual = worker_options(config, "m"), worker_options(read_config(["m"]), "m")
+    for flag in flags:
+        name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+        assert getattr(told, name) == getattr(config, name) != getattr(usual, name), flag
 
 
 async def test_restarts_are_counted_for_ever_and_held_against_a_worker_for_a_while() -> None:
