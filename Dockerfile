@@ -17,10 +17,11 @@ COPY server ./server
 RUN ./install.sh package /opt/loramux
 
 FROM python:${PYTHON}-slim
-# bitsandbytes needs OpenMP from the system. Its version is Debian's to fix.
+# bitsandbytes needs OpenMP from the system; kernels are compiled on the machine that runs them, by Triton for CUDA, by us for
+# CPUs. Their versions are Debian's to fix.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgomp1 \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libgomp1 \
     && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 loramux \
     && useradd --uid 10001 --gid 10001 --create-home loramux \

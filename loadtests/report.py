@@ -86,8 +86,10 @@ class Result:
 
     @property
     def ratios(self) -> dict[str, Spread]:
+        """To each rate; not to one that was nothing in some round (a job that got no time, say)."""
         ours, *others = self.figures
-        return {other.name: ratio(ours, other) for other in others if other.unit.endswith("/s")}
+        rates = [other for other in others if other.unit.endswith("/s") and all(other.values)]
+        return {other.name: ratio(ours, other) for other in rates}
 
     @property
     def goals(self) -> list[GoalResult]:

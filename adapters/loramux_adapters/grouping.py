@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from loramux_adapters.kernels import DenseKernel, FusedKernel, Kernel, ResidentLinear, prepacks
-from loramux_adapters.nf4 import NF4Linear
+from loramux_adapters.kernels import DenseKernel, FusedKernel, Product, ResidentLinear, prepacks
+from loramux_adapters.native.library import Native
+from loramux_adapters.native.products import TileKernel, multiplies
+from loramux_adapters.nf4 import NF4Linear, NF4Weight
 
 
 @torch.no_grad()
@@ -44,22 +46,35 @@ def shared_inputs(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...
 
 
 @torch.no_grad()
-def derive_kernels(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
-    """Give the named linears of a CPU model their dense kernels; those of one group share one where it is reordered."""
+def derive_kernels(model: nn.Module, groups: Iterable[Sequence[str]], native: Native | None = None) -> None:
+    """Give the linears of a CPU model their kernels, by group: by matrix tiles if `native` has them, else dense."""
     for group in groups:
         linears = [_adaptable(model.get_submodule(name)) for name in group]
-        weights = [_dense(linear) for linear in linears]
-        if len(linears) > 1 and all(prepacks(weight) for weight in weights):
-            kernels: Sequence[Kernel] = FusedKernel(weights, [one.bias for one in linears]).parts
-        else:
-            kernels = [DenseKernel(w, one.bias) for w, one in zip(weights, linears, strict=True)]
-        for linear, kernel in zip(linears, kernels, strict=True):
+        for linear, kernel in zip(linears, _kernels(linears, native), strict=True):
             linear.kernel = kernel
+
+
+def _kernels(linears: Sequence[NF4Linear | ResidentLinear], native: Native | None) -> Sequence[Product]:
+    biases = [linear.bias for linear in linears]
+    canonical = [_canonical(linear) for linear in linears]
+    if native is not None and multiplies(native, canonical):
+        tiles = TileKernel(native, canonical, biases)
+        return (
+            FusedKernel(tiles, [linear.out_features for linear in linears]).parts if biases[1:] else [tiles]
+        )
+    weights = [_dense(linear) for linear in linears]
+    if len(linears) > 1 and all(prepacks(weight) for weight in weights):
+        return FusedKernel.of_dense(weights, biases).parts
+    return [DenseKernel(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def _adaptable(module: nn.Module) -> NF4Linear | ResidentLinear:
     assert isinstance(module, (NF4Linear, ResidentLinear))
     return module
+
+
+def _canonical(linear: NF4Linear | ResidentLinear) -> NF4Weight | torch.Tensor:
+    return linear.quantized if isinstance(linear, NF4Linear) else linear.weight.detach()
 
 
 def _dense(linear: NF4Linear | ResidentLinear) -> torch.Tensor:

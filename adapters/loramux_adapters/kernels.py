@@ -13,7 +13,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,12 @@ class DenseKernel:
         return F.linear(x, self._weight, self._bias)
 
 
+class Product(Protocol):
+    """What multiplies x `[..., in_features]` with a prepared weight."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 class FusedKernel:
     """Linears that read the same input, multiplied as one: a call costs some 25 microseconds however small it is.
 
@@ -98,21 +104,26 @@ class FusedKernel:
     the columns it took is never handed out twice.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat(
-                [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            )
-        self._kernel = DenseKernel(torch.cat(list(weights)), bias)
+    def __init__(self, kernel: Product, sizes: Sequence[int]) -> None:
+        """`kernel` gives the linears' outputs side by side, of these sizes."""
+        self._kernel = kernel
         self._input: torch.Tensor | None = None
         self._product: torch.Tensor | None = None
         self._left: set[FusedPart] = set()
         self.parts: list[FusedPart] = []
         begin = 0
-        for weight in weights:
-            self.parts.append(FusedPart(self, slice(begin, begin + weight.shape[0])))
-            begin += weight.shape[0]
+        for size in sizes:
+            self.parts.append(FusedPart(self, slice(begin, begin + size)))
+            begin += size
+
+    @classmethod
+    def of_dense(cls, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> FusedKernel:
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat(
+                [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            )
+        return cls(DenseKernel(torch.cat(list(weights)), bias), [weight.shape[0] for weight in weights])
 
     def take(self, part: FusedPart, x: torch.Tensor) -> torch.Tensor:
         product = self._product
@@ -139,9 +150,6 @@ class FusedPart:
         return self._whole.take(self, x)
 
 
-Kernel = DenseKernel | FusedPart
-
-
 class ResidentLinear(torch.nn.Linear):
     """A linear that stays in 16 or 32 bit (the output head, or every linear with quantization off).
 
@@ -156,7 +164,7 @@ class ResidentLinear(torch.nn.Linear):
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        self.kernel: Kernel = DenseKernel(linear.weight.detach(), self.bias)
+        self.kernel: Product = DenseKernel(linear.weight.detach(), self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():

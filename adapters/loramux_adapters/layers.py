@@ -1,10 +1,12 @@
-"""One base linear, many adapters, a row each: the masked all-slots product.
+"""One base linear, many adapters, a row each.
 
-For the rows of one forward pass, with A `[R, in]` and B `[R, out]` the stacked factors of the adapters that are active
-in it, `Y = X W^T + mask(X A^T) B`, where the mask `[rows, R]` keeps a rank row only where it belongs to the row's
-adapter. Two dense products, no gather, no host synchronization. Linears that read the same input (q, k and v; gate and up)
-share the first product. One active adapter for every row: no mask. None: the base alone. The scaling `lora_alpha / r` (or
-`/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is folded into B at load.
+The form that every device has is the masked all-slots product. For the rows of one forward pass, with A `[R, in]` and B
+`[R, out]` the stacked factors of the adapters that are active in it, `Y = X W^T + mask(X A^T) B`, where the mask `[rows,
+R]` keeps a rank row only where it belongs to the row's adapter. Two dense products, no gather, no host synchronization.
+Linears that read the same input (q, k and v; gate and up) share the first product. One active adapter for every row: no
+mask. None: the base alone. On CPUs that have the compiled kernels each row is multiplied with its own factors
+(`native/row_adapters.py`). The scaling `lora_alpha / r` (or `/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is
+folded into B at load.
 
 Promises: a row whose adapter is None gets exactly the base's output; a row never sees another row's adapter, even if
 that one overflows to infinity (foreign entries are overwritten with zero, not multiplied by it).
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.kernels import DenseKernel
+from loramux_adapters.native.row_adapters import RowAdapters
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ class AdapterBatch:
     """What every `MultiLoraLinear` reads in one forward pass; one object for the whole model.
 
     `foreign` is `[rows, R]` bool, True where a rank row is not the row's adapter's, or None when every row uses the one
-    active adapter. A linear that no active adapter targets is absent from `expands`.
+    active adapter. A linear that no active adapter targets is absent from `expands`. With `by_rows` the others are not used.
     """
 
     def __init__(self) -> None:
         self.shrinks: Mapping[int, Shrink] = {}
         self.expands: Mapping[str, Expand] = {}
         self.foreign: torch.Tensor | None = None
+        self.by_rows: RowAdapters | None = None
         self._input: torch.Tensor | None = None
         self._group = -1
         self._product: torch.Tensor | None = None
@@ -58,7 +62,21 @@ class AdapterBatch:
         self, shrinks: Mapping[int, Shrink], expands: Mapping[str, Expand], foreign: torch.Tensor | None
     ) -> None:
         self.shrinks, self.expands, self.foreign = shrinks, expands, foreign
-        self._input = self._product = None
+        self.by_rows = self._input = self._product = None
+
+    def select_rows(self, by_rows: RowAdapters) -> None:
+        self.select({}, {}, None)
+        self.by_rows = by_rows
+
+    def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y `[..., out]`, the base's product of x `[..., in]`, += the adapters', in place."""
+        if self.by_rows is not None:
+            self.by_rows.add(name, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            return
+        expand = self.expands.get(name)
+        if expand is not None:
+            product = self.shrunk(expand.group, x)
+            y.view(-1, y.shape[-1]).addmm_(product[:, expand.columns], expand.b)
 
     def shrunk(self, group: int, x: torch.Tensor) -> torch.Tensor:
         """mask(X A^T) of a group, `[rows, members * R]`; computed once for linears called with the same tensor."""
@@ -93,10 +111,7 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base_layer(x)
-        expand = self._batch.expands.get(self.name)
-        if expand is not None:
-            product = self._batch.shrunk(expand.group, x)
-            y.view(-1, self.out_features).addmm_(product[:, expand.columns], expand.b)
+        self._batch.add(self.name, x, y)
         return y
 
 

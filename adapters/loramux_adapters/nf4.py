@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
-from loramux_adapters.kernels import FusedPart, Kernel
+from loramux_adapters.kernels import FusedPart, Product
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class NF4Linear(torch.nn.Linear):
             None if bias is None else torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         )
         self.register_parameter("bias", fixed_bias)
-        self.kernel: Kernel | None = None
+        self.kernel: Product | None = None
         self.few_rows: frozenset[int] = frozenset()  # numbers of rows that `few_rows_matmul` is for
         self.few_rows_matmul: MatMul = dequantized_matmul
         self.held: torch.Tensor | None = None  # see `holding_dense`
@@ -186,7 +186,9 @@ class NF4Linear(torch.nn.Linear):
         return dequantized_matmul(x, self.quantized, self.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and input.requires_grad:
+        if not torch.is_grad_enabled():
+            return self.matmul(input)
+        if input.requires_grad:
             out: torch.Tensor = _NF4MatMul.apply(input, self)  # type: ignore[no-untyped-call]
             return out
         with torch.no_grad():

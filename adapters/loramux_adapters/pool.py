@@ -1,8 +1,9 @@
 """The device tier's memory: rank rows of A and B for every linear, and the part of them a forward pass uses.
 
 `fill` writes one adapter into its rows, from any thread, while other rows are in use. `select` cuts out the span of rows
-that holds the active adapters; the cut is kept while they change little, and on CPUs its first product is reordered
-for oneDNN once it has lasted. Which rows are whose is `residency.py`'s knowledge.
+that holds the active adapters; the cut is kept while they change little, and on CPUs its first product is reordered for
+oneDNN once it has lasted. With compiled kernels most passes need no cut: each row reads the pool. Which rows are whose is
+`residency.py`'s knowledge.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from loramux_adapters.kernels import DenseKernel, zeros_on_demand
 from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrink
+from loramux_adapters.native.library import Native
+from loramux_adapters.native.row_adapters import row_adapters
 from loramux_adapters.residency import Slot
 
 # Reordering costs about as much as it saves in five steps.
@@ -25,6 +28,9 @@ FactorMap = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 # A cut that was made for more adapters than are active now is kept while at least this share of its rows is theirs:
 # masked rows cost arithmetic, a new cut costs a copy of it and, soon, another reordering.
 _KEPT_SHARE = 0.5
+
+# One adapter for all of more rows than this is a plain dense product, which oneDNN does faster than the row kernel.
+_ROWS_OF_ONE = 64
 
 
 @dataclass
@@ -60,6 +66,7 @@ class DevicePool:
         rows: int,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
         self.device = device
         self.groups = groups
@@ -74,6 +81,12 @@ class DevicePool:
         self.row_bytes = (
             sum(layer.in_features + layer.out_features for layer in layers.values()) * dtype.itemsize
         )
+        memory = {
+            name: (pool[member], self.b[name])
+            for group, pool in zip(groups, self.a, strict=True)
+            for member, name in enumerate(group)
+        }
+        self._by_rows = row_adapters(native, memory)
         self._cut: _Cut | None = None
 
     def fill(self, slot: Slot, factors: FactorMap) -> None:
@@ -94,6 +107,10 @@ class DevicePool:
         """Make the batch use `slots`, by offset, for the next pass; `rows` names each row's generation or None."""
         if not slots:
             self.batch.select({}, {}, None)
+            return
+        if self._by_rows is not None and (len(slots) > 1 or None in rows or len(rows) <= _ROWS_OF_ONE):
+            self._by_rows.select(rows, slots, targeted)
+            self.batch.select_rows(self._by_rows)
             return
         cut = self._cut
         if cut is None or not cut.serves(slots):

@@ -277,6 +277,7 @@ def worker_options(config: ServeConfig, model: str) -> WorkerOptions:
         dtype=config.dtype,
         quantization=config.quantization,
         nf4_cache=str(default_cache_dir().absolute() / "nf4") if config.nf4_cache else None,
+        cpu_kernels=None if config.enforce_eager else str(default_cache_dir().absolute() / "kernels"),
         seed=config.seed,
         threads=config.threads,
         max_model_len=config.max_model_len,

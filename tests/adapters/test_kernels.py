@@ -53,7 +53,7 @@ def fused(dtype: torch.dtype) -> tuple[FusedKernel, list[torch.Tensor], list[tor
     """Three linears of one input; the middle one has no bias."""
     weights = [random(n, 32, dtype=dtype, seed=n) for n in (48, 16, 16)]
     biases = [random(48, dtype=dtype, seed=1), None, random(16, dtype=dtype, seed=2)]
-    return FusedKernel(weights, biases), weights, biases
+    return FusedKernel.of_dense(weights, biases), weights, biases
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -189,6 +189,17 @@ def test_ratios_and_goals() -> None:
     assert [(goal.value, goal.met) for goal in result.goals] == [(3.0, True), (30.0, False), (30.0, True)]
 
 
+def test_a_contestant_that_did_nothing_has_no_ratio() -> None:
+    figures = [
+        Figure(OURS, "tok/s", [3.0, 2.0]),
+        Figure("starved", "tok/s", [1.0, 0.0]),
+        Figure("b", "tok/s", [1.0, 2.0]),
+    ]
+    result = Result(Scenario("s", "a scenario", streams=1), {}, figures)
+    assert result.ratios == {"b": Spread(1.0, 2.5 / 1.5, 3.0)}
+    print_result(result, Console())
+
+
 def test_parity_counts_streams() -> None:
     checks = [
         StreamCheck(None, None, 0.0),

@@ -25,6 +25,9 @@ from loramux_adapters.errors import BaseModelError
 from loramux_adapters.grouping import derive_kernels, shared_inputs
 from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.model_config import CONFIG_FAULTS, faults_said, reason
+from loramux_adapters.native.library import Native, load_native
+from loramux_adapters.native.modeling import put_behind
+from loramux_adapters.native.products import TileKernel, multiplies
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.nf4_rows import choose_few_rows
 from loramux_adapters.spec import BaseGeometry
@@ -44,7 +47,8 @@ _WEIGHT_FAULTS: tuple[type[BaseException], ...] = (*CONFIG_FAULTS, MemoryError, 
 class LoadOptions:
     """How to load a base. `dtype` "auto": bf16 where the device computes in it, else fp32.
 
-    `nf4_cache` is the directory of quantized copies (`nf4_cache.py`); without one nothing is kept.
+    `nf4_cache` is the directory of quantized copies (`nf4_cache.py`); without one nothing is kept. `cpu_kernels` is where
+    the kernels for CPUs are built and kept; without one torch's operators do their work.
     """
 
     model: str
@@ -55,6 +59,7 @@ class LoadOptions:
     quantization: Quantization = "nf4"
     local_files_only: bool = False
     nf4_cache: Path | None = None
+    cpu_kernels: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class ResidentBase:
     eos_token_ids: tuple[int, ...]
     weight_bytes: int
     input_groups: list[tuple[str, ...]]  # adaptable linears by the input they share
+    native: Native | None = None  # kernels compiled for this CPU
 
     @property
     def config(self) -> Any:
@@ -90,7 +96,7 @@ def load_base(options: LoadOptions) -> ResidentBase:
             return base
     model = _read_weights(options, config, device, quantize=quantize)
     written = copy.write(model) if copy is not None else None
-    base = _resident(model, options.name, device, dtype)
+    base = _resident(model, options, device, dtype)
     if copy is not None and written is not None:
         copy.publish(written, base.geometry.identity)
     return base
@@ -114,21 +120,28 @@ def _from_copy(copy: QuantizedCopy, options: LoadOptions) -> ResidentBase | None
     return base
 
 
-def _resident(model: PreTrainedModel, name: str, device: torch.device, dtype: torch.dtype) -> ResidentBase:
+def _resident(
+    model: PreTrainedModel, options: LoadOptions, device: torch.device, dtype: torch.dtype
+) -> ResidentBase:
     shapes = _swap_linears(model, dtype)
     model.requires_grad_(False)
     model.eval()
     _cast_remaining(model, dtype)
-    _prepare_head(model)
+    native = None
+    if options.cpu_kernels is not None and device.type == "cpu" and dtype == torch.bfloat16:
+        native = load_native(options.cpu_kernels)
+    _prepare_head(model, native)
     groups = shared_inputs(model, list(shapes))
     if device.type == "cpu":
-        derive_kernels(model, groups)
+        derive_kernels(model, groups, native)
+    if native is not None:
+        put_behind(model, native)
     choose_few_rows(model, dtype)
     identity = base_identity(_canonical_linears(model))
     text_config = model.config.get_text_config()
     return ResidentBase(
         model=model,
-        geometry=BaseGeometry(name=name, identity=identity, linear_shapes=shapes),
+        geometry=BaseGeometry(name=options.name, identity=identity, linear_shapes=shapes),
         device=device,
         dtype=dtype,
         quantization="nf4" if any(isinstance(m, NF4Linear) for m in model.modules()) else "none",
@@ -136,6 +149,7 @@ def _resident(model: PreTrainedModel, name: str, device: torch.device, dtype: to
         eos_token_ids=_end_tokens(model),
         weight_bytes=_resident_bytes(model),
         input_groups=groups,
+        native=native,
     )
 
 
@@ -242,10 +256,13 @@ def _cast_remaining(model: PreTrainedModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _prepare_head(model: PreTrainedModel) -> None:
+def _prepare_head(model: PreTrainedModel, native: Native | None) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and not isinstance(head, ResidentLinear):
-        model.set_output_embeddings(ResidentLinear(head))
+        head = ResidentLinear(head)
+        model.set_output_embeddings(head)
+        if native is not None and multiplies(native, [head.weight]):
+            head.kernel = TileKernel(native, [head.weight], [head.bias])
 
 
 def _canonical_linears(model: PreTrainedModel) -> list[tuple[str, NF4Weight | torch.Tensor]]:

@@ -12,6 +12,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from loramux_adapters.host_memory import available_bytes
+from loramux_adapters.native.build import CannotBuild, compiler
 from loramux_server.doctor.finding import Finding, fault, note, ok
 
 GIB = 2**30
@@ -21,7 +22,7 @@ _OLDEST_PYTHON = (3, 11)
 
 
 def environment() -> list[Finding]:
-    return [_python(), _system(), _memory()]
+    return [_python(), _system(), _memory(), _compiler()]
 
 
 def _python() -> Finding:
@@ -43,6 +44,15 @@ def _memory() -> Finding:
     if available < _LEAST_MEMORY:
         return note("memory", found, "close other programs: loading a model takes a few GiB of host memory")
     return ok("memory", found)
+
+
+def _compiler() -> Finding:
+    try:
+        return ok("compiler", compiler()[0])
+    except CannotBuild as error:
+        return note(
+            "compiler", str(error), "install gcc: kernels for CPUs are compiled here, Triton's for CUDA too"
+        )
 
 
 def libraries(distribution: str = "loramux") -> Iterator[Finding]:

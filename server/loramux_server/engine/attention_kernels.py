@@ -1,10 +1,10 @@
-"""Whether attention runs by the Triton kernel: it must exist, run and be right on the device, or the reason is logged.
+"""Whether attention runs by a kernel of ours: it must exist, run and be right on the device, or the reason is logged.
 
-`attention_kernels` gives the kernel only for a CUDA device on which it has just agreed with `reference`, in the cache's own
-dtype and head size. Decoding uses it then; prompts, for which torch has good kernels of its own, only if it was also faster
-than those on a chunk of each kind. Everywhere else keys and values are gathered (`gathered_attention.py`). Triton is
-imported here at the earliest, and only for CUDA; it compiles at run time, which needs a C compiler, and keeps what it
-compiled.
+`attention_kernels` gives a kernel only where it has just agreed with `reference`, in the cache's own dtype and head size:
+on CUDA the Triton kernel, on CPUs the compiled one where there is one, for decoding. On CUDA prompts, for which torch has
+good kernels of its own, use it only if it was also faster than those on a chunk of each kind. Everywhere else keys and
+values are gathered (`gathered_attention.py`). Triton is imported here at the earliest, and only for CUDA; it compiles at
+run time, which needs a C compiler, and keeps what it compiled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from loramux_adapters.native.library import Native
 from loramux_adapters.nf4_rows import device_seconds
 from loramux_server.engine.gathered_attention import attend_chunk
 from loramux_server.engine.kv_store import KVStore
@@ -26,6 +27,7 @@ from loramux_server.engine.paged_batch import AttentionKernel, AttentionKernels,
 
 logger = logging.getLogger(__name__)
 
+_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative errors that are rounding
 _WORTH = 0.95  # of the gathered form's time: what is nearly equal is left to torch
 
 
@@ -39,8 +41,12 @@ class AttentionShape:
     head_dim: int
 
 
-def attention_kernels(device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> AttentionKernels:
-    """The kernels for a cache of this shape on `device`; none if that is not a CUDA device, or they are of no use there."""
+def attention_kernels(
+    device: torch.device, dtype: torch.dtype, shape: AttentionShape, native: Native | None = None
+) -> AttentionKernels:
+    """The kernels for a cache of this shape on `device`; none where there is none, or they are of no use."""
+    if device.type == "cpu" and native is not None:
+        return _on_cpu(native, device, dtype, shape)
     if device.type != "cuda":
         return AttentionKernels()
     try:
@@ -50,7 +56,7 @@ def attention_kernels(device: torch.device, dtype: torch.dtype, shape: Attention
     except ImportError as error:
         logger.warning("attention gathers the KV cache: Triton cannot be imported (%s)", error)
         return AttentionKernels()
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    bound = _BOUND[dtype]
 
     def is_right(what: str, sequences: Sequences) -> bool:
         distance = probe(paged_attention, device, dtype, shape, sequences)
@@ -87,6 +93,37 @@ def attention_kernels(device: torch.device, dtype: torch.dtype, shape: Attention
         paged_attention if decode else None,
         paged_attention if prefill else None,
     )
+
+
+def _on_cpu(
+    native: Native, device: torch.device, dtype: torch.dtype, shape: AttentionShape
+) -> AttentionKernels:
+    if dtype != torch.bfloat16 or shape.head_dim % 32:
+        return AttentionKernels()
+
+    def kernel(
+        query: torch.Tensor,
+        store: torch.Tensor,
+        rows: Ragged,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        native.attend(
+            query, store, rows.block_table, rows.lengths, out, scale=scale, window=window, softcap=softcap
+        )
+
+    distance = probe(kernel, device, dtype, shape, DECODING)
+    if not distance <= _BOUND[dtype]:
+        logger.warning(
+            "%s the gathered KV cache: the CPU kernel is wrong here (relative error %.3g)",
+            _DECODING,
+            distance,
+        )
+        return AttentionKernels()
+    return AttentionKernels(decode=kernel)
 
 
 # Of each sequence: its rows, and how many blocks the tokens fill that its last row sees.

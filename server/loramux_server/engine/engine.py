@@ -70,7 +70,9 @@ class Engine:
         names = list(base.geometry.linear_shapes)
         modules, batch = layers.install(base.model, names)
         self.bank = AdapterBank(
-            DevicePool(modules, base.input_groups, batch, options.lora_rows, base.dtype, base.device),
+            DevicePool(
+                modules, base.input_groups, batch, options.lora_rows, base.dtype, base.device, base.native
+            ),
             DeviceTier(max_loras=options.max_loras, rows=options.lora_rows),
             self._read_adapter,
             max_cpu_loras=options.max_cpu_loras,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from loramux_adapters.kernels import zeros_on_demand
+from loramux_adapters.native.library import Native
 
 
 class KVStore:
@@ -26,7 +27,10 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        native: Native | None = None,
     ) -> None:
+        """`native` writes, if it is given; it must be for this dtype and device."""
+        self._native = native
         self.block_size = block_size
         self.nobodys = num_blocks
         shape = (num_blocks + 1, block_size, 2, kv_heads, head_dim)
@@ -42,6 +46,9 @@ class KVStore:
         """
         if len(begun):
             self.layers[layer].index_fill_(0, begun, 0.0)
+        if self._native is not None and key.stride(-1) == value.stride(-1) == 1:
+            self._native.write(self.layers[layer], slots, key, value)
+            return
         flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])
         flat[slots] = torch.stack((key, value), dim=1)
 

@@ -47,6 +47,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     quantization: Literal["nf4", "none"] = "nf4"
     nf4_cache: str | None = None  # directory of quantized copies
+    cpu_kernels: str | None = None  # directory they are built into; without one torch does their work
     seed: int | None = None
     threads: int | None = None
     max_model_len: int | None = None

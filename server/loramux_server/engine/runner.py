@@ -64,8 +64,10 @@ class ModelRunner:
         self.bank = bank
         layers, kv_heads, head_dim = _kv_shape(base)
         shape = AttentionShape(block_size, base.config.num_attention_heads, kv_heads, head_dim)
-        self.kernels = attention_kernels(base.device, base.dtype, shape)
-        self.store = KVStore(layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device)
+        self.kernels = attention_kernels(base.device, base.dtype, shape, base.native)
+        self.store = KVStore(
+            layers, num_blocks, block_size, kv_heads, head_dim, base.dtype, base.device, base.native
+        )
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
         self.graphs: DecodeGraphs | None = None

@@ -201,6 +201,7 @@ def build_engine(options: WorkerOptions) -> tuple[Engine, Ready]:
             dtype=options.dtype,
             quantization=options.quantization,
             nf4_cache=None if options.nf4_cache is None else Path(options.nf4_cache),
+            cpu_kernels=None if options.cpu_kernels is None else Path(options.cpu_kernels),
         )
     )
     sizes = plan_sizes(options, base, kv_bytes_per_token(base))

@@ -1,0 +1,211 @@
+"""The compiled kernels as functions of tensors: bf16, on the CPU, last dimension contiguous; out of place but for `lora`.
+
+Promises nothing about other tensors: who calls has looked (`takes`). They run on the OpenMP threads torch computes with, as
+many as `torch.get_num_threads()` says; a second team would compete with those for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loramux_adapters.native import build
+from loramux_adapters.native.build import CannotBuild
+
+logger = logging.getLogger(__name__)
+
+_ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "loramux_rms_norm": (None, [_ADDRESS] * 3 + [_LONG] * 2 + [_FLOAT, _INT]),
+    "loramux_rotate": (None, [_ADDRESS] * 4 + [_LONG] * 5),
+    "loramux_gate": (None, [_ADDRESS] * 3 + [_LONG] * 4),
+    "loramux_lora": (
+        _INT,
+        [_ADDRESS] * 2 + [_LONG] * 2 + [_ADDRESS, _LONG] * 2 + [_ADDRESS, _LONG, _ADDRESS],
+    ),
+    "loramux_write": (None, [_ADDRESS, _LONG, _LONG] * 2 + [_ADDRESS] * 2 + [_LONG] * 3),
+    "loramux_tiles": (_INT, []),
+    "loramux_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
+    "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
+}
+_LANES = 16  # numbers in a vector
+
+
+def load_native(directory: Path) -> Native | None:
+    """The kernels, built into `directory` unless they are there; None where they cannot be, and the log says why."""
+    try:
+        return Native(build.load(directory), _openmp())
+    except CannotBuild as error:
+        logger.warning("CPU kernels are not used, which is slower: %s", error)
+        return None
+
+
+def _openmp() -> ctypes.CDLL:
+    """The OpenMP runtime that torch computes with."""
+    own = Path(torch.__file__).parent
+    try:
+        mapped = {
+            line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line
+        }
+    except OSError as error:
+        raise CannotBuild(f"torch's OpenMP runtime is not found: {error}") from error
+    found = [path for path in map(Path, mapped) if path.name.startswith(("libgomp", "libiomp5"))]
+    found.sort(key=lambda path: own not in path.parents)
+    for path in found:
+        runtime = ctypes.CDLL(str(path))
+        if hasattr(runtime, "GOMP_parallel"):
+            return runtime
+    raise CannotBuild("torch's OpenMP runtime is not found")
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether these are what the kernels are for, and nobody wants gradients of them."""
+    if torch.is_grad_enabled():
+        return False
+    return all(
+        tensor.dtype == torch.bfloat16 and tensor.is_cpu and tensor.stride(-1) == 1 for tensor in tensors
+    )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows by adapter: `tiles` int32 `[n, 4]` are (first of `rows`, how many, rank row it begins at, rank)."""
+
+    tiles: torch.Tensor
+    rows: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        return self.tiles.shape[0]
+
+
+class Native:
+    def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL) -> None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        runtime = [
+            ctypes.cast(getattr(openmp, name), _ADDRESS)
+            for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        ]
+        library.loramux_setup(*runtime)
+        self.has_tiles = bool(library.loramux_tiles())
+        # y `[T, N]` = x `[T, K]` W^T + bias by addresses, of a weight that `products.py` packed and holds.
+        self.product: Callable[..., int] = library.loramux_product
+        self._rms_norm = library.loramux_rms_norm
+        self._rotate = library.loramux_rotate
+        self._gate = library.loramux_gate
+        self._lora = library.loramux_lora
+        self._attend = library.loramux_attend
+        self._write = library.loramux_write
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, around_one: bool
+    ) -> torch.Tensor:
+        """`[..., size]`, size a multiple of 16. `around_one`: the weight is what it differs from one by."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._rms_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon, around_one
+        )
+        return out
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """x `[1, heads, T, size]`, cosine and sine `[1, T, size]` contiguous, size a multiple of 32 -> as x."""
+        _, heads, tokens, size = x.shape
+        out = torch.empty((1, tokens, heads, size), dtype=x.dtype)
+        self._rotate(
+            x.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            heads,
+            size,
+            x.stride(2),
+            x.stride(1),
+        )
+        return out.transpose(1, 2)
+
+    def gate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of `[1, T, size]`, size a multiple of 16."""
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        _, rows, size = gate.shape
+        self._gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, gate.stride(1), up.stride(1))
+        return out
+
+    def lora(self, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, tiles: Tiles) -> None:
+        """y `[..., out]` += x `[..., in]` A^T B in place, A `[R, in]`, B `[R, out]`; in and out multiples of 32."""
+        failed = self._lora(
+            a.data_ptr(),
+            b.data_ptr(),
+            a.shape[1],
+            b.shape[1],
+            x.data_ptr(),
+            x.stride(-2),
+            y.data_ptr(),
+            y.stride(-2),
+            tiles.tiles.data_ptr(),
+            tiles.count,
+            tiles.rows.data_ptr(),
+        )
+        if failed:
+            raise MemoryError("no memory for an adapter's product")
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Decoding rows, as `AttentionKernel` in the server's paged_batch.py; head sizes are multiples of 32.
+
+        query `[n, heads, size]`, a row's heads contiguous; cache `[blocks, block_size, 2, kv_heads, size]`; table
+        `[n, width]` and lengths `[n]` int64; out `[n, heads, size]` contiguous.
+        """
+        _, block_size, _, kv_heads, size = cache.shape
+        failed = self._attend(
+            query.data_ptr(),
+            query.stride(0),
+            cache.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            lengths.data_ptr(),
+            lengths.shape[0],
+            table.shape[1],
+            query.shape[1],
+            kv_heads,
+            size,
+            block_size,
+            window or 0,
+            scale,
+            softcap or 0.0,
+        )
+        if failed:
+            raise MemoryError("no memory for attention's scores")
+
+    def write(self, cache: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key and value `[T, kv_heads, size]` to flat positions `slots [T]` int64 of the cache that `attend` reads."""
+        self._write(
+            key.data_ptr(),
+            key.stride(0),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(0),
+            value.stride(1),
+            cache.data_ptr(),
+            slots.data_ptr(),
+            *key.shape,
+        )

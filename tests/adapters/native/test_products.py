@@ -1,0 +1,170 @@
+"""Products by matrix tiles: the dense matrix's, bit for bit in what is multiplied, and a row's own whatever is beside it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramux_adapters.kernels import DenseKernel, FusedKernel
+from loramux_adapters.native import products
+from loramux_adapters.native.library import Native
+from loramux_adapters.native.products import TileKernel, multiplies, probe, scales_of
+from loramux_adapters.nf4 import NF4Weight
+
+
+@pytest.fixture(scope="session")
+def tiles(native: Native) -> Native:
+    if not native.has_tiles:
+        pytest.skip("this processor has no matrix tiles")
+    return native
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT = NF4Weight.quantize(random(160, 192))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_weights_are_those_of_the_dense_matrix(tiles: Native, kind: str) -> None:
+    dense = WEIGHT.dequantize(torch.bfloat16)
+    kernel = TileKernel(tiles, [WEIGHT if kind == "nf4" else dense], [None])
+    assert torch.equal(kernel(torch.eye(192).bfloat16()).T, dense)
+
+
+@given(rows=st.integers(1, 100), seed=st.integers(0, 3))
+def test_product_and_bias(tiles: Native, rows: int, seed: int) -> None:
+    x, bias = random(rows, 192, seed=seed).bfloat16(), random(160, seed=7).bfloat16()
+    y = TileKernel(tiles, [WEIGHT], [bias])(x)
+    exact = x.double() @ WEIGHT.dequantize(torch.bfloat16).double().T + bias.double()
+    assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
+    assert y.shape == (rows, 160)
+
+
+@pytest.mark.parametrize("rows", [2, 15, 16, 17, 31, 32, 33, 64, 79, 200])
+def test_a_row_is_the_same_in_any_company(tiles: Native, rows: int) -> None:
+    kernel = TileKernel(tiles, [WEIGHT], [None])
+    x = random(rows, 192).bfloat16()
+    together = kernel(x)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(kernel(x[row : row + 1])[0], together[row])
+    x[0] = float("nan")
+    assert torch.equal(kernel(x)[1:], together[1:])
+
+
+def test_shapes_and_types_of_inputs(tiles: Native) -> None:
+    kernel = TileKernel(tiles, [WEIGHT], [None])
+    x = random(2, 5, 192).bfloat16()
+    expected = kernel(x.view(10, 192)).view(2, 5, 160)
+    assert torch.equal(kernel(x), expected)
+    assert torch.equal(kernel(x.float()), expected)
+    apart = torch.zeros(2, 5, 400, dtype=torch.bfloat16)
+    apart[..., 100:292] = x
+    assert torch.equal(kernel(apart[..., 100:292]), expected)
+    assert torch.equal(kernel(x.transpose(0, 1)), expected.transpose(0, 1))
+
+
+def test_linears_of_one_input(tiles: Native) -> None:
+    weights = [NF4Weight.quantize(random(rows, 192, seed=rows)) for rows in (64, 32, 96)]
+    biases = [None, random(32, seed=1).bfloat16(), None]
+    parts = FusedKernel(TileKernel(tiles, weights, biases), [64, 32, 96]).parts
+    x = random(3, 192).bfloat16()
+    for weight, bias, part in zip(weights, biases, parts, strict=True):
+        assert torch.equal(part(x), TileKernel(tiles, [weight], [bias])(x))
+
+
+def test_oneDNN_and_we_leave_each_other_alone(tiles: Native) -> None:
+    """Both configure the processor's tiles; neither may rely on how the other left them."""
+    dense = WEIGHT.dequantize(torch.bfloat16)
+    ours, theirs = TileKernel(tiles, [WEIGHT], [None]), DenseKernel(dense)
+    inputs = [random(rows, 192, seed=rows).bfloat16() for rows in (1, 7, 32, 45, 130)]
+    alone = [(ours(x), theirs(x)) for x in inputs]
+    for x, (mine, other) in zip(inputs, alone, strict=True):
+        for _ in range(3):
+            assert torch.equal(ours(x), mine)
+            assert torch.equal(theirs(x), other)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(tiles: Native, threads: int) -> None:
+    kernel, x = TileKernel(tiles, [WEIGHT], [None]), random(70, 192).bfloat16()
+    expected = kernel(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kernel(x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_bytes_held(tiles: Native) -> None:
+    numbers = 160 * 192
+    assert TileKernel(tiles, [WEIGHT], [None]).num_bytes == numbers // 2 + 4 * numbers // 64
+    assert TileKernel(tiles, [WEIGHT.dequantize(torch.bfloat16)], [None]).num_bytes == 2 * numbers
+
+
+def test_scales_are_those_of_bitsandbytes() -> None:
+    weight = NF4Weight.quantize(random(64, 64 * 40) * torch.linspace(0.01, 9.0, 64)[:, None])
+    scales = scales_of(weight)
+    largest = weight.dequantize(torch.float32).view(-1, 64).abs().amax(1)
+    assert torch.allclose(scales, largest)  # every block has a weight whose code is 1 or -1
+
+
+class Wrong:
+    """Promises tiles, and leaves what was in memory."""
+
+    has_tiles = True
+
+    def product(self, *_: Any) -> int:
+        return 0
+
+
+def test_what_is_multiplied_by_tiles(tiles: Native, caplog: pytest.LogCaptureFixture) -> None:
+    dense = WEIGHT.dequantize(torch.bfloat16)
+    assert multiplies(tiles, [WEIGHT, WEIGHT])
+    assert multiplies(tiles, [dense])
+    assert not multiplies(None, [WEIGHT])
+    assert not multiplies(tiles, [WEIGHT, dense])
+    assert not multiplies(tiles, [dense.float()])
+    assert not multiplies(tiles, [dense[:, :96].contiguous()])
+    assert not multiplies(tiles, [dense[:48]])
+    wrong: Any = Wrong()
+    with caplog.at_level(logging.WARNING):
+        assert not multiplies(wrong, [WEIGHT])
+    assert "products by torch: those by tiles are wrong here" in caplog.text
+    assert probe(tiles) < 3e-3
+
+
+def test_without_tiles_nothing_is_multiplied_by_them(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_tiles", False)
+    assert not multiplies(native, [WEIGHT])
+
+
+def test_no_memory_is_an_error(tiles: Native) -> None:
+    kernel = TileKernel(tiles, [WEIGHT], [None])
+    kernel._product = lambda *_: 1
+    with pytest.raises(MemoryError, match="no memory for a product"):
+        kernel(random(1, 192).bfloat16())
+
+
+def test_the_probe_sees_one_wrong_row(tiles: Native) -> None:
+    class Nearly:
+        has_tiles = True
+
+        def product(self, *arguments: Any) -> int:
+            failed = tiles.product(*arguments)
+            y, rows, _, out = arguments[5:9]
+            if rows > 80:  # one row of one number of rows
+                import ctypes
+
+                ctypes.memset(y + 2 * out * (rows - 1), 0, 2 * out)
+            return failed
+
+    nearly: Any = Nearly()
+    assert probe(nearly) > products._BOUND

@@ -1,0 +1,156 @@
+"""Decoding over blocks on the CPU: a token at a time in fp32 is the reference, and nobody else's blocks matter."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramux_adapters.native.library import Native, load_native
+from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
+from loramux_server.engine.kv_store import KVStore
+from loramux_server.engine.paged_batch import AttentionKernels, Ragged
+
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(16, 6, 2, 64)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler")
+    found = load_native(tmp_path_factory.mktemp("kernels"))
+    assert found is not None
+    return found
+
+
+class Case:
+    """Sequences of these lengths, in blocks in disorder; what no sequence holds is NaN."""
+
+    def __init__(self, lengths: list[int], shape: AttentionShape, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        size = shape.block_size
+        width = -(-max(lengths) // size)
+        self.table = torch.randperm(len(lengths) * width + 3, generator=generator)[: len(lengths) * width]
+        self.table = self.table.view(len(lengths), width)
+        self.lengths = torch.tensor(lengths)
+        blocks = (len(lengths) * width + 3, size, 2, shape.kv_heads, shape.head_dim)
+        self.store = torch.full(blocks, float("nan"), dtype=torch.bfloat16)
+        for row, length in enumerate(lengths):
+            for position in range(length):
+                held = torch.randn(blocks[2:], generator=generator).bfloat16()
+                self.store[self.table[row, position // size], position % size] = held
+        self.query = torch.randn(len(lengths), shape.heads, shape.head_dim, generator=generator).bfloat16()
+
+    def rows(self, *chosen: int) -> Ragged:
+        picked = list(chosen) or list(range(len(self.lengths)))
+        return Ragged(self.table[picked], torch.arange(len(picked) + 1), self.lengths[picked], most=1)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
+    group=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    size=st.sampled_from([32, 64, 96, 128]),
+    block_size=st.sampled_from([1, 8, 16, 20, 32]),
+    window=st.sampled_from([None, 1, 7, 40, 500]),
+    softcap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 9),
+)
+def test_against_the_reference(
+    native: Native,
+    lengths: list[int],
+    group: int,
+    kv_heads: int,
+    size: int,
+    block_size: int,
+    window: int | None,
+    softcap: float | None,
+    seed: int,
+) -> None:
+    shape = AttentionShape(block_size, group * kv_heads, kv_heads, size)
+    kernel = attention_kernels(CPU, torch.bfloat16, shape, native).decode
+    assert kernel is not None
+    case = Case(lengths, shape, seed)
+    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "softcap": softcap}
+    out = torch.full_like(case.query, float("nan"))
+    kernel(case.query, case.store, case.rows(), out, **options)
+    expected = reference(case.query, case.store, case.rows(), **options)
+    assert torch.allclose(out.float(), expected, rtol=2e-2, atol=1e-2)
+    last = len(lengths) - 1
+    alone = torch.empty_like(case.query[:1])
+    kernel(case.query[last:], case.store, case.rows(last), alone, **options)
+    assert torch.equal(alone[0], out[last])
+
+
+def test_scores_that_are_large_and_far_apart(native: Native) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
+    assert kernel is not None
+    case = Case([70, 3], SHAPE, 0)
+    case.query *= 60
+    out = torch.empty_like(case.query)
+    kernel(case.query, case.store, case.rows(), out, scale=1.0)
+    assert torch.allclose(
+        out.float(), reference(case.query, case.store, case.rows(), scale=1.0), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_what_a_sequence_holds_that_is_not_a_number_shows(native: Native) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
+    assert kernel is not None
+    case = Case([20, 20], SHAPE, 1)
+    case.store[case.table[0, 1], 2] = float("nan")
+    out = torch.empty_like(case.query)
+    kernel(case.query, case.store, case.rows(), out, scale=0.1)
+    assert bool(out[0].isnan().all())
+    assert bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(native: Native, threads: int) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
+    assert kernel is not None
+    case = Case([5, 60, 33], SHAPE, 2)
+    expected, out = torch.empty_like(case.query), torch.empty_like(case.query)
+    kernel(case.query, case.store, case.rows(), expected, scale=0.1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kernel(case.query, case.store, case.rows(), out, scale=0.1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, expected)
+
+
+def test_where_there_is_no_kernel(
+    native: Native, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    none = AttentionKernels()
+    assert attention_kernels(CPU, torch.float32, SHAPE, native) == none
+    assert attention_kernels(CPU, torch.bfloat16, SHAPE) == none
+    assert attention_kernels(CPU, torch.bfloat16, AttentionShape(16, 6, 2, 80), native) == none
+    monkeypatch.setattr(native, "attend", lambda query, store, table, lengths, out, **_: out.zero_())
+    with caplog.at_level(logging.WARNING):
+        assert attention_kernels(CPU, torch.bfloat16, SHAPE, native) == none
+    assert "the CPU kernel is wrong here" in caplog.text
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_keys_and_values_are_written_where_torch_writes_them(native: Native, transposed: bool) -> None:
+    plain = KVStore(1, 6, 4, 2, 32, torch.bfloat16, CPU)
+    ours = KVStore(1, 6, 4, 2, 32, torch.bfloat16, CPU, native)
+    both = (
+        torch.randn(2, 2, 9, 40).bfloat16()[..., 3:35] if transposed else torch.randn(2, 9, 2, 32).bfloat16()
+    )
+    key, value = both.transpose(1, 2) if transposed else both
+    slots = torch.randperm(24)[:9]
+    begun = torch.tensor([2])
+    for store in (plain, ours):
+        store.layers[0].fill_(7.0)
+        store.write(0, slots, begun, key, value)
+    assert torch.equal(ours.layers[0], plain.layers[0])
