@@ -118,9 +118,7 @@ class ServeConfig(BaseSettings):
         0.9, gt=0.1, le=0.99, description="share of the GPU's memory to use"
     )
     block_size: int = Field(16, ge=8, le=256, description="tokens per KV block")
-    enforce_eager: bool = Field(
-        False, description="no CUDA graphs of decoding steps, no kernels compiled for the CPU"
-    )
+    enforce_eager: bool = Field(False, description="no recorded decoding steps, no compiled CPU kernels")
     enable_prefix_caching: bool = Field(
         True, description="keep the KV blocks of finished requests for prompts that begin alike"
     )

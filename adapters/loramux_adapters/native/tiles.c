@@ -18,6 +18,7 @@
 #define ROWS 16
 #define INPUTS 32
 #define NUMBERS (ROWS * INPUTS) /* in a tile */
+#define AHEAD 2048              /* bytes of codes that are fetched before they are needed */
 
 struct Product {
     const void *weight;  /* uint8 [N/16, K/32, 256] codes, or bf16 [N/16, K/32, 512] */
@@ -60,6 +61,8 @@ static void dequantize(const struct Product *p, long tile, bf16 *to)
         __m512 scale = _mm512_loadu_ps(scales + block * ROWS);
         __m512 first = _mm512_permutexvar_ps(low, scale), second = _mm512_permutexvar_ps(high, scale);
         for (int row = 0; row < 2 * ROWS; row++, from += 16, to += INPUTS) {
+            if (row % 4 == 0)
+                __builtin_prefetch(from + AHEAD);
             __m512i indices = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
             __m512 a = _mm512_mul_ps(_mm512_permutexvar_ps(indices, codes), first);
             __m512 b = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(indices, 4), codes), second);
