@@ -184,15 +184,32 @@ int loramux_attend(const bf16 *query, long query_stride, const bf16 *cache, bf16
 }
 
 
+struct Writing {
+    const bf16 *key, *value;
+    bf16 *cache;
+    const int64_t *slots;
+    long rows, heads, size, key_row, key_head, value_row, value_head;
+};
+
+static void write_rows(void *data)
+{
+    const struct Writing *w = data;
+    long begin, end;
+    share(w->rows, &begin, &end);
+    for (long row = begin; row < end; row++) {
+        bf16 *to = w->cache + w->slots[row] * 2 * w->heads * w->size;
+        for (long head = 0; head < w->heads; head++) {
+            __builtin_memcpy(to + head * w->size, w->key + row * w->key_row + head * w->key_head, w->size * sizeof(bf16));
+            __builtin_memcpy(to + (w->heads + head) * w->size, w->value + row * w->value_row + head * w->value_head,
+                             w->size * sizeof(bf16));
+        }
+    }
+}
+
 /* Keys and values `[rows, heads, size]`, with their strides, to the cache's tokens `slots [rows]`. */
 void loramux_write(const bf16 *key, long key_row, long key_head, const bf16 *value, long value_row, long value_head, bf16 *cache,
                    const int64_t *slots, long rows, long heads, long size)
 {
-    for (long row = 0; row < rows; row++) {
-        bf16 *to = cache + slots[row] * 2 * heads * size;
-        for (long head = 0; head < heads; head++) {
-            __builtin_memcpy(to + head * size, key + row * key_row + head * key_head, size * sizeof(bf16));
-            __builtin_memcpy(to + (heads + head) * size, value + row * value_row + head * value_head, size * sizeof(bf16));
-        }
-    }
+    struct Writing writing = {key, value, cache, slots, rows, heads, size, key_row, key_head, value_row, value_head};
+    run(write_rows, &writing, rows * heads * size < 8192);
 }

@@ -73,13 +73,16 @@ def _processor() -> str:
 def _build(command: list[str], sources: list[Path], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         made = Path(scratch) / path.name
-        _run([*command, *map(str, sources), "-o", str(made), "-lm"])
+        # The compiler's own files go here too: there may be no other place that can be written.
+        _run([*command, *map(str, sources), "-o", str(made), "-lm"], {**os.environ, "TMPDIR": scratch})
         made.replace(path)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, check=False, env=environment
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotBuild(f"{command[0]} does not run: {error}") from error
     if done.returncode != 0:

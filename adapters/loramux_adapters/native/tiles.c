@@ -96,8 +96,9 @@ INLINE void multiply(const struct Product *p, long row, long first, long second,
     }
     for (long k = 0; k < p->in / INPUTS; k++) {
         _tile_loadd(4, x + k * INPUTS, stride);
-        _tile_loadd(6, w0 + k * NUMBERS, 64);
-        _tile_loadd(7, w1 + k * NUMBERS, 64);
+        /* Weights come by; the rows of x, which the next strip multiplies too, stay. */
+        _tile_stream_loadd(6, w0 + k * NUMBERS, 64);
+        _tile_stream_loadd(7, w1 + k * NUMBERS, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (second) {

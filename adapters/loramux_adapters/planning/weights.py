@@ -36,9 +36,9 @@ def resident_bytes(model: ModelShape, item: int, quantization: Quantization) -> 
 
 
 def copied_bytes(model: ModelShape, item: int, device: Device, quantization: Quantization) -> int:
-    """CPUs multiply a dense copy of NF4 weights; 16-bit weights, the head included, are multiplied reordered.
+    """The most a CPU takes: a dense copy of NF4 weights, which it multiplies if it has no matrix tiles.
 
-    In fp32 what is dense already is multiplied as it is.
+    16-bit weights, the head included, are multiplied reordered. In fp32 what is dense already is multiplied as it is.
     """
     if device == "cuda":
         return 0
