@@ -71,7 +71,7 @@ class AdapterBatch:
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y `[..., out]`, the base's product of x `[..., in]`, += the adapters', in place."""
         if self.by_rows is not None:
-            self.by_rows.add(name, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            self.by_rows.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
             return
         expand = self.expands.get(name)
         if expand is not None:

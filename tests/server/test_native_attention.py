@@ -88,6 +88,23 @@ def test_against_the_reference(
     assert torch.equal(alone[0], out[last])
 
 
+def test_queries_as_modeling_code_lays_them(native: Native) -> None:
+    """Heads before tokens, or columns of a wider product."""
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
+    assert kernel is not None
+    case = Case([5, 60, 33], SHAPE, 2)
+    expected = torch.empty_like(case.query)
+    kernel(case.query, case.store, case.rows(), expected, scale=0.1)
+    wide = torch.zeros(3, 10, 64, dtype=torch.bfloat16)
+    wide[:, 2:8] = case.query
+    for query in (case.query.transpose(0, 1).contiguous().transpose(0, 1), wide[:, 2:8]):
+        out = torch.empty_like(case.query)
+        kernel(query, case.store, case.rows(), out, scale=0.1)
+        assert torch.equal(out, expected)
+    with pytest.raises(RuntimeError, match=r"attention in torch\.float32 over a cache in bf16"):
+        kernel(case.query, case.store, case.rows(), expected.float(), scale=0.1)
+
+
 def test_scores_that_are_large_and_far_apart(native: Native) -> None:
     kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
     assert kernel is not None
@@ -138,6 +155,13 @@ def test_where_there_is_no_kernel(
     with caplog.at_level(logging.WARNING):
         assert attention_kernels(CPU, torch.bfloat16, SHAPE, native) == none
     assert "the CPU kernel is wrong here" in caplog.text
+
+
+def test_keys_in_another_type_are_not_misread(native: Native) -> None:
+    store = KVStore(1, 6, 4, 2, 32, torch.bfloat16, CPU, native)
+    key = torch.ones(1, 2, 32)
+    with pytest.raises((RuntimeError, IndexError)):
+        store.write(0, torch.tensor([0]), torch.tensor([], dtype=torch.long), key, key)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -38,8 +38,10 @@ class RowAdapters:
         self._tiles = tiles_of(rows, slots)
 
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y `[..., out]` += each row of x `[..., in]` through its adapter; rows without one are not touched."""
+        """y `[rows, out]` += each row of x `[rows, in]` through its adapter; rows without one are not touched."""
         if name in self._targeted:
+            if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
+                x = x.to(torch.bfloat16).contiguous()
             a, b = self._memory[name]
             self._native.lora(a, b, x, y, self._tiles)
 

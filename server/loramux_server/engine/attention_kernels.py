@@ -111,6 +111,10 @@ def _on_cpu(
         window: int | None = None,
         softcap: float | None = None,
     ) -> None:
+        if out.dtype != torch.bfloat16:
+            raise RuntimeError(f"attention in {out.dtype} over a cache in bf16")
+        if query.stride()[1:] != (query.shape[2], 1):  # modeling code may lay heads before tokens
+            query = query.contiguous()
         native.attend(
             query, store, rows.block_table, rows.lengths, out, scale=scale, window=window, softcap=softcap
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from loramux_adapters.kernels import zeros_on_demand
-from loramux_adapters.native.library import Native
+from loramux_adapters.native.library import Native, takes
 
 
 class KVStore:
@@ -46,7 +46,7 @@ class KVStore:
         """
         if len(begun):
             self.layers[layer].index_fill_(0, begun, 0.0)
-        if self._native is not None and key.stride(-1) == value.stride(-1) == 1:
+        if self._native is not None and takes(key, value, self.layers[layer]):
             self._native.write(self.layers[layer], slots, key, value)
             return
         flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])

@@ -64,6 +64,14 @@ def test_columns_of_a_wider_product(native: Native) -> None:
     assert torch.equal(result[:, 2 * OUT :], wide[:, 2 * OUT :])
 
 
+def test_inputs_in_another_type_or_order(native: Native) -> None:
+    x, y = random(6, IN, seed=3), random(6, OUT, seed=4)
+    rows: list[str | None] = ["b", "c", None] * 2
+    expected = added(native, x, y, rows)
+    assert torch.equal(added(native, x.float(), y, rows), expected)
+    assert torch.equal(added(native, x.t().contiguous().t(), y, rows), expected)
+
+
 def test_linears_nobody_targets_are_left_alone(native: Native) -> None:
     adapters = RowAdapters(native, {"q": (A, B), "v": (A, B)})
     adapters.select(["b"], SLOTS, {"v"})
