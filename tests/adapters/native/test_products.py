@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import mmap
 from typing import Any
 
 import pytest
@@ -103,6 +105,27 @@ def test_threads_change_nothing(tiles: Native, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1, 20, 33, 50])
+def test_nothing_behind_the_rows_is_read(tiles: Native, rows: int) -> None:
+    """What follows x is a page that nobody may touch."""
+    page, used = mmap.PAGESIZE, rows * 192 * 2
+    pages = -(-used // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    protect = [ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page)]
+    assert libc.mprotect(*protect, ctypes.c_int(0)) == 0
+    try:
+        x = torch.frombuffer(memory, dtype=torch.bfloat16, count=rows * 192, offset=pages * page - used).view(
+            rows, 192
+        )
+        x.copy_(random(rows, 192))
+        kernel = TileKernel(tiles, [WEIGHT], [None])
+        assert torch.equal(kernel(x), kernel(x.clone()))
+    finally:
+        assert libc.mprotect(*protect, ctypes.c_int(mmap.PROT_READ | mmap.PROT_WRITE)) == 0
+
+
 def test_bytes_held(tiles: Native) -> None:
     numbers = 160 * 192
     assert TileKernel(tiles, [WEIGHT], [None]).num_bytes == numbers // 2 + 4 * numbers // 64
@@ -161,8 +184,6 @@ def test_the_probe_sees_one_wrong_row(tiles: Native) -> None:
             failed = tiles.product(*arguments)
             y, rows, _, out = arguments[5:9]
             if rows > 80:  # one row of one number of rows
-                import ctypes
-
                 ctypes.memset(y + 2 * out * (rows - 1), 0, 2 * out)
             return failed
 
