@@ -164,6 +164,33 @@ def test_keys_in_another_type_are_not_misread(native: Native) -> None:
         store.write(0, torch.tensor([0]), torch.tensor([], dtype=torch.long), key, key)
 
 
+@pytest.mark.parametrize(("key", "value"), [((2, 32), (2, 24)), ((2, 64), (2, 64)), ((4, 32), (4, 32))])
+def test_keys_and_values_of_other_shapes_are_refused(
+    native: Native, key: tuple[int, int], value: tuple[int, int]
+) -> None:
+    """Values narrower than keys, keys wider than the cache, other heads: torch raises, nothing is written."""
+    store = KVStore(1, 6, 4, 2, 32, torch.bfloat16, CPU, native)
+    before = store.layers[0].clone()
+    with torch.inference_mode(), pytest.raises((RuntimeError, IndexError)):
+        store.write(
+            0,
+            torch.tensor([1, 2]),
+            torch.tensor([], dtype=torch.long),
+            torch.ones(2, *key, dtype=torch.bfloat16),
+            torch.ones(2, *value, dtype=torch.bfloat16),
+        )
+    assert torch.equal(store.layers[0], before)
+
+
+def test_queries_of_other_heads_are_refused(native: Native) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
+    assert kernel is not None
+    case = Case([5], SHAPE, 2)
+    query = torch.ones(1, 5, 64, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"attention of \(5, 64\) over a cache of \(2, 64\)"):
+        kernel(query, case.store, case.rows(), torch.empty_like(query), scale=0.1)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_keys_and_values_are_written_where_torch_writes_them(native: Native, transposed: bool) -> None:
     plain = KVStore(1, 6, 4, 2, 32, torch.bfloat16, CPU)

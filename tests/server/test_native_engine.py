@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import LoadOptions, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.messages import TokenOutput
@@ -150,6 +151,28 @@ def test_every_kernel_is_used(make: Make, tmp_path: Path, monkeypatch: pytest.Mo
         type(module.kernel).__name__ for module in engine.base.model.modules() if hasattr(module, "kernel")
     }
     assert kinds == ({"FusedPart", "TileKernel"} if native.has_tiles else {"FusedPart", "DenseKernel"})
+
+
+@pytest.mark.parametrize("wrong", ["rms_norm", "rotate", "gate"])
+def test_the_check_at_the_start_is_against_torch(
+    make: Make, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is right on its probe and wrong on this model: the model's own code is what it is held against."""
+    native = make().base.native
+    assert native is not None
+    right = getattr(type(native), wrong)
+    armed = False
+    monkeypatch.setattr(
+        type(native),
+        wrong,
+        lambda *given, **options: 3 * right(*given, **options) if armed else right(*given, **options),
+    )
+    engine = make()
+    engine.base.model.set_attn_implementation("eager")  # as it is when a runner begins
+    engine.runner._self_check()
+    armed = True
+    with pytest.raises(BaseModelError, match="gives other logits on the paged KV cache"):
+        engine.runner._self_check()
 
 
 @pytest.mark.parametrize("options", [{"native": False}, {"dtype": "float32"}])

@@ -28,16 +28,23 @@ class CannotBuild(Exception):
 def load(directory: Path) -> ctypes.CDLL:
     """The library of this package's sources, from `directory` or built into it."""
     sources = sorted(_SOURCES.glob("*.c"))
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [*compiler(), *_FLAGS, native]
+    command = [*compiler(), *_FLAGS, _native()]
     path = directory / f"{_key(command, sources)}.so"
     try:
-        if not path.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            _build(command, sources, path)
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # damaged
+                path.unlink()
+        directory.mkdir(parents=True, exist_ok=True)
+        _build(command, sources, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise CannotBuild(f"the compiled library cannot be kept or opened: {error}") from error
+
+
+def _native() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
 def compiler() -> list[str]:

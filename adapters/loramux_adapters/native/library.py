@@ -33,7 +33,6 @@ _SIGNATURES = {
     "loramux_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
     "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
 }
-_LANES = 16  # numbers in a vector
 
 
 def load_native(directory: Path) -> Native | None:

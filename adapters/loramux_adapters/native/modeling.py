@@ -22,6 +22,9 @@ from loramux_adapters.native.library import Native, takes
 
 logger = logging.getLogger(__name__)
 
+# What a module raises that is called otherwise than these, or gives something else.
+_OTHER = (TypeError, ValueError, RuntimeError, AttributeError)
+
 # Of a probe's results, in bf16: how many may differ, since sums are added in another order, and by how much.
 _EQUAL_SHARE, _LARGEST_DIFFERENCE = 0.98, 2**-6
 
@@ -76,7 +79,10 @@ def _is_norm(module: nn.Module, native: Native) -> bool | None:
     if weight.ndim != 1 or weight.shape[0] % 16 or not takes(weight):
         return None
     x = _random(64, weight.shape[0])
-    expected = module(x)
+    try:
+        expected = module(x)
+    except _OTHER:  # another signature: whatever it does, it is not what is replaced
+        return None
     for around_one in (False, True):
         if _same(native.rms_norm(x, weight, epsilon, around_one=around_one), expected):
             return around_one
@@ -85,7 +91,8 @@ def _is_norm(module: nn.Module, native: Native) -> bool | None:
 
 def _native_norm(cls: type[nn.Module], native: Native, around_one: bool) -> type[nn.Module]:
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if torch.is_inference_mode_enabled() and takes(hidden_states, self.weight):
+        fits = hidden_states.shape[-1] == self.weight.shape[0]
+        if torch.is_inference_mode_enabled() and fits and takes(hidden_states, self.weight):
             epsilon = _epsilon(self)
             assert epsilon is not None
             return native.rms_norm(hidden_states, self.weight, epsilon, around_one=around_one)
@@ -101,24 +108,32 @@ def _native_norm(cls: type[nn.Module], native: Native, around_one: bool) -> type
 def _is_gated(module: nn.Module, native: Native) -> bool:
     """Whether it computes down(silu(gate(x)) * up(x)), and nothing else."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    gate_proj, up_proj, down_proj, act_fn = parts
+    gate_proj, _, _, act_fn = parts
     if not isinstance(gate_proj, nn.Linear) or not all(isinstance(part, nn.Module) for part in parts):
         return False
     gate, up = _random(1, 64, 64), _random(1, 64, 64).roll(1)
     if gate_proj.out_features % 16 or not _same(native.gate(gate, up), act_fn(gate) * up):  # type: ignore[misc]
         return False
-    x = _random(1, 4, gate_proj.in_features)
-    ours = down_proj(native.gate(gate_proj(x), up_proj(x)))  # type: ignore[misc]
-    expected = module(x)
-    distance = (ours.float() - expected.float()).norm() / expected.float().norm()
-    return bool(distance < _LARGEST_DIFFERENCE)
+    return all(
+        _computes_gated(module, native, scale * _random(1, 4, gate_proj.in_features)) for scale in (1, 2**10)
+    )
+
+
+def _computes_gated(module: Any, native: Native, x: torch.Tensor) -> bool:
+    """For this x, which may be larger than what a clamp lets through."""
+    try:
+        expected = module(x).float()
+        ours = module.down_proj(native.gate(module.gate_proj(x), module.up_proj(x))).float()
+    except _OTHER:  # it has the parts, and does something else with them
+        return False
+    return bool((ours - expected).norm() < _LARGEST_DIFFERENCE * expected.norm())
 
 
 def _native_mlp(cls: type[nn.Module], native: Native) -> type[nn.Module]:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if torch.is_inference_mode_enabled() and takes(x) and x.ndim == 3 and x.shape[0] == 1:
             gate, up = self.gate_proj(x), self.up_proj(x)
-            if takes(gate, up):
+            if gate.shape == up.shape and takes(gate, up):
                 result: torch.Tensor = self.down_proj(native.gate(gate, up))
                 return result
         result = cls.forward(self, x)
@@ -145,7 +160,7 @@ def _swap_rotary(model: nn.Module, native: Native) -> bool:
     arguments = (q.transpose(1, 2), k.transpose(1, 2), cosine, sine)
     try:
         pairs = list(zip(replacement(*arguments), original(*arguments), strict=True))
-    except TypeError:  # another signature
+    except _OTHER:  # another signature, or another result
         return False
     if not all(_same(ours, expected) for ours, expected in pairs):
         return False
@@ -155,28 +170,26 @@ def _swap_rotary(model: nn.Module, native: Native) -> bool:
 
 def _native_rotary(original: Rotary, native: Native) -> Rotary:
     @wraps(original)
-    def rotary(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *others: Any,
-        **options: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        size = q.shape[-1]
-        if (
-            not (others or options)
-            and torch.is_inference_mode_enabled()
-            and takes(q, k, cos, sin)
-            and q.ndim == 4
-            and q.shape[0] == k.shape[0] == 1
-            and cos.shape == sin.shape == (1, q.shape[2], size)
-            and cos.is_contiguous()
-            and sin.is_contiguous()
-            and size % 32 == 0
-        ):
-            return native.rotate(q, cos, sin), native.rotate(k, cos, sin)
-        return original(q, k, cos, sin, *others, **options)
+    def rotary(*given: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(given) == 4 and not options and torch.is_inference_mode_enabled():
+            q, k, cosine, sine = given
+            if takes(*given) and _rotates(q, k, cosine, sine):
+                return native.rotate(q, cosine, sine), native.rotate(k, cosine, sine)
+        return original(*given, **options)
 
     rotary.loramux_original = original  # type: ignore[attr-defined]
     return rotary
+
+
+def _rotates(q: torch.Tensor, k: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:
+    """q and k `[1, heads, T, size]`, cosine and sine `[1, T, size]`, whole."""
+    tokens, size = q.shape[-2:]
+    return (
+        q.ndim == k.ndim == 4
+        and q.shape[0] == k.shape[0] == 1
+        and k.shape[2:] == (tokens, size)
+        and cosine.shape == sine.shape == (1, tokens, size)
+        and cosine.is_contiguous()
+        and sine.is_contiguous()
+        and size % 32 == 0
+    )

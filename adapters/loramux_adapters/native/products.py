@@ -44,7 +44,7 @@ class TileKernel:
         if any(bias is not None for bias in biases):
             self._bias = torch.cat(
                 [
-                    torch.zeros(size, dtype=torch.bfloat16) if bias is None else bias.detach()
+                    torch.zeros(size, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16()
                     for bias, size in zip(biases, sizes, strict=True)
                 ]
             )
@@ -59,11 +59,14 @@ class TileKernel:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., in_features]` -> `[..., out_features]` in bf16, which x is rounded to."""
+        if x.shape[-1] != self._in_features:
+            raise RuntimeError(f"{x.shape[-1]} inputs for a weight of {self._in_features}")
         if x.dtype != torch.bfloat16 or not x.is_contiguous():
             x = x.to(torch.bfloat16).contiguous()
         y = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.bfloat16)
         rows = x.numel() // self._in_features
-        if self._product(*self._held, x.data_ptr(), y.data_ptr(), rows, self._in_features, self.out_features):
+        sizes = (rows, self._in_features, self.out_features)
+        if self._product(*self._held, x.data_ptr(), y.data_ptr(), *sizes):
             raise MemoryError("no memory for a product")
         return y
 

@@ -30,16 +30,21 @@ class RowAdapters:
         self._native = native
         self._memory = memory
         self._targeted: Collection[str] = ()
+        self._count = 0
         self._tiles = tiles_of((), ())
 
     def select(self, rows: Sequence[str | None], slots: Sequence[Slot], targeted: Collection[str]) -> None:
         """For the next pass: `rows` names each row's generation, `slots` where those lie."""
-        self._targeted = targeted
+        self._targeted, self._count = targeted, len(rows)
         self._tiles = tiles_of(rows, slots)
 
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y `[rows, out]` += each row of x `[rows, in]` through its adapter; rows without one are not touched."""
         if name in self._targeted:
+            if len(x) != self._count or y.dtype != torch.bfloat16 or y.stride(-1) != 1:
+                raise RuntimeError(
+                    f"{name} sees {len(x)} rows in {y.dtype}, a step has {self._count} in bf16"
+                )
             if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
                 x = x.to(torch.bfloat16).contiguous()
             a, b = self._memory[name]

@@ -175,6 +175,8 @@ int loramux_tiles(void)
 int loramux_product(const void *weight, const float *scales, const float *codes, const bf16 *bias, const bf16 *x, bf16 *y,
                     long rows, long in, long out)
 {
+    if (!rows)
+        return 0;
     struct Product product = {weight, scales, codes, bias, x, y, rows, in, out, 0};
     run(strips, &product, 0);
     return product.failed;

@@ -113,6 +113,13 @@ def _on_cpu(
     ) -> None:
         if out.dtype != torch.bfloat16:
             raise RuntimeError(f"attention in {out.dtype} over a cache in bf16")
+        if out.shape[1:] != (shape.heads, shape.head_dim) or store.shape[3:] != (
+            shape.kv_heads,
+            shape.head_dim,
+        ):
+            raise RuntimeError(
+                f"attention of {tuple(out.shape[1:])} over a cache of {tuple(store.shape[3:])}"
+            )
         if query.stride()[1:] != (query.shape[2], 1):  # modeling code may lay heads before tokens
             query = query.contiguous()
         native.attend(

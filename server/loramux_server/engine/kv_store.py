@@ -46,8 +46,10 @@ class KVStore:
         """
         if len(begun):
             self.layers[layer].index_fill_(0, begun, 0.0)
-        if self._native is not None and takes(key, value, self.layers[layer]):
-            self._native.write(self.layers[layer], slots, key, value)
+        store = self.layers[layer]
+        whole = key.shape == value.shape == (len(slots), *store.shape[3:])  # what is not, torch refuses below
+        if self._native is not None and whole and takes(key, value, store):
+            self._native.write(store, slots, key, value)
             return
         flat = self.layers[layer].view(-1, 2, *self.layers[layer].shape[3:])
         flat[slots] = torch.stack((key, value), dim=1)

@@ -80,6 +80,15 @@ def test_half_a_library_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build.load(tmp_path / "made")
 
 
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", real())
+    sources = sorted(build._SOURCES.glob("*.c"))
+    path = tmp_path / f"{build._key([*build.compiler(), *build._FLAGS, build._native()], sources)}.so"
+    path.write_bytes(b"")
+    build.load(tmp_path)
+    assert path.stat().st_size > 1000
+
+
 def test_no_compiler_is_said_and_not_fatal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

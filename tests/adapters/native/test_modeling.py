@@ -152,6 +152,75 @@ def test_a_wrong_kernel_is_not_used(
     assert float((logits(model) - expected).norm() / expected.norm()) < 1e-2
 
 
+def test_an_mlp_that_clamps_is_left_alone(native: Native, caplog: pytest.LogCaptureFixture) -> None:
+    """What it clamps is larger than what random inputs make."""
+    model = make("llama")
+    mlp: Any = model.model.layers[0].mlp
+
+    class Clamped(type(mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate = self.act_fn(self.gate_proj(x)).clamp(max=50.0)
+            result: torch.Tensor = self.down_proj(gate * self.up_proj(x))
+            return result
+
+    mlp.__class__ = Clamped
+    with caplog.at_level(logging.INFO):
+        put_behind(model, native)
+    assert "2 MLPs" in caplog.text
+
+
+@pytest.mark.parametrize("result", ["a tuple", "an error"])
+def test_modules_that_are_called_otherwise_are_left_alone(
+    result: str, native: Native, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama")
+    layer: Any = model.model.layers[0]
+
+    class Norm(type(layer.input_layernorm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return x + residual
+
+    class LlamaRMSNorm(Norm):
+        pass
+
+    class Gated(type(layer.mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> Any:
+            if result == "an error":
+                raise ValueError("not like this")
+            return x, x
+
+    def rotary(q: torch.Tensor, unsqueeze_dim: int = 2) -> torch.Tensor:
+        return q
+
+    layer.input_layernorm.__class__ = LlamaRMSNorm
+    layer.mlp.__class__ = Gated
+    monkeypatch.setattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", rotary)
+    with caplog.at_level(logging.INFO):
+        put_behind(model, native)
+    assert "6 norms, 2 MLPs, rotary embedding by torch" in caplog.text
+
+
+def test_rotary_called_otherwise_is_the_original(native: Native) -> None:
+    model = make("llama")
+    modeling: Any = sys.modules[type(model).__module__]
+    original = modeling.apply_rotary_pos_emb
+    counted: Any = Counted(native)
+    put_behind(model, counted)
+    counted.calls.update(dict.fromkeys(counted.calls, 0))
+    q, k, angle = torch.ones(1, 4, 6, 32), torch.ones(1, 2, 6, 32), torch.rand(1, 6, 32)
+    q, k, angle = q.bfloat16(), k.bfloat16(), angle.bfloat16()
+    with torch.inference_mode():
+        for given, options in (
+            ((q, k, angle, angle, 1), {}),
+            ((q, k), {"cos": angle, "sin": angle}),
+            ((q, k, angle.repeat(2, 1, 1)[:1, :, ::2].repeat(1, 1, 2), angle.float()), {}),
+            ((q.transpose(1, 2), k.transpose(1, 2), angle, angle), {"unsqueeze_dim": 2}),
+        ):
+            ours = modeling.apply_rotary_pos_emb(*given, **options)
+            assert all(map(torch.equal, ours, original(*given, **options)))
+    assert counted.calls["rotate"] == 0
+
+
 def test_an_mlp_that_does_more_is_left_alone(native: Native, caplog: pytest.LogCaptureFixture) -> None:
     model = make("llama")
     mlp: Any = model.model.layers[0].mlp

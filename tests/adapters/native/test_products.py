@@ -70,6 +70,9 @@ def test_shapes_and_types_of_inputs(tiles: Native) -> None:
     apart[..., 100:292] = x
     assert torch.equal(kernel(apart[..., 100:292]), expected)
     assert torch.equal(kernel(x.transpose(0, 1)), expected.transpose(0, 1))
+    assert kernel(x[:0]).shape == (0, 5, 160)
+    with pytest.raises(RuntimeError, match="96 inputs for a weight of 192"):
+        kernel(x.view(20, 96))
 
 
 def test_linears_of_one_input(tiles: Native) -> None:

@@ -72,6 +72,16 @@ def test_inputs_in_another_type_or_order(native: Native) -> None:
     assert torch.equal(added(native, x.t().contiguous().t(), y, rows), expected)
 
 
+def test_other_rows_than_were_selected_are_refused(native: Native) -> None:
+    adapters = RowAdapters(native, {"q": (A, B)})
+    adapters.select(["b", "c"], SLOTS, {"q"})
+    for count in (1, 3):
+        with pytest.raises(RuntimeError, match=f"q sees {count} rows in torch.bfloat16, a step has 2"):
+            adapters.add("q", random(count, IN, seed=1), random(count, OUT, seed=2))
+    with pytest.raises(RuntimeError, match=r"in torch\.float32"):
+        adapters.add("q", random(2, IN, seed=1), random(2, OUT, seed=2).float())
+
+
 def test_linears_nobody_targets_are_left_alone(native: Native) -> None:
     adapters = RowAdapters(native, {"q": (A, B), "v": (A, B)})
     adapters.select(["b"], SLOTS, {"v"})
