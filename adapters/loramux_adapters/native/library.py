@@ -46,15 +46,14 @@ def load_native(directory: Path) -> Native | None:
 
 def _openmp() -> ctypes.CDLL:
     """The OpenMP runtime that torch computes with."""
-    own = Path(torch.__file__).parent
     try:
         mapped = {
             line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line
         }
     except OSError as error:
         raise CannotBuild(f"torch's OpenMP runtime is not found: {error}") from error
-    found = [path for path in map(Path, mapped) if path.name.startswith(("libgomp", "libiomp5"))]
-    found.sort(key=lambda path: own not in path.parents)
+    found = [path for path in map(Path, mapped) if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    found.sort(key=lambda path: {"torch", "torch.libs"}.isdisjoint(path.parts))  # other packages bring their own
     for path in found:
         runtime = ctypes.CDLL(str(path))
         if hasattr(runtime, "GOMP_parallel"):
