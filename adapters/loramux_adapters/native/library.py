@@ -53,7 +53,9 @@ def _openmp() -> ctypes.CDLL:
     except OSError as error:
         raise CannotBuild(f"torch's OpenMP runtime is not found: {error}") from error
     found = [path for path in map(Path, mapped) if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
-    found.sort(key=lambda path: {"torch", "torch.libs"}.isdisjoint(path.parts))  # other packages bring their own
+    found.sort(
+        key=lambda path: {"torch", "torch.libs"}.isdisjoint(path.parts)
+    )  # other packages bring their own
     for path in found:
         runtime = ctypes.CDLL(str(path))
         if hasattr(runtime, "GOMP_parallel"):
