@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 for _name in [name for name in os.environ if name.startswith("LORAMUX_") and name != "LORAMUX_CACHE_DIR"]:
     del os.environ[_name]
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from loramux_adapters.native.library import Native, load_native
 
 torch.set_num_threads(1)
 
@@ -53,6 +56,16 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**_COMMON, head_dim=16, sliding_window=16),
     "phi3": lambda: Phi3Config(**_COMMON),
 }
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """The CPU's kernels, compiled once."""
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler")
+    found = load_native(tmp_path_factory.mktemp("kernels"))
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from typing import Any
 
 import pytest
@@ -11,22 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_adapters.native.library import Native, load_native
+from loramux_adapters.native.library import Native
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(16, 6, 2, 64)
-
-
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        pytest.skip("no C compiler")
-    found = load_native(tmp_path_factory.mktemp("kernels"))
-    assert found is not None
-    return found
 
 
 class Case:

@@ -167,8 +167,8 @@ class Native:
         out: torch.Tensor,
         *,
         scale: float,
-        window: int | None,
-        softcap: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         """Decoding rows, as `AttentionKernel` in the server's paged_batch.py; head sizes are multiples of 32.
 

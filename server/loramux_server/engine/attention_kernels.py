@@ -102,14 +102,7 @@ def _on_cpu(
         return AttentionKernels()
 
     def kernel(
-        query: torch.Tensor,
-        store: torch.Tensor,
-        rows: Ragged,
-        out: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
     ) -> None:
         if out.dtype != torch.bfloat16:
             raise RuntimeError(f"attention in {out.dtype} over a cache in bf16")
@@ -122,9 +115,7 @@ def _on_cpu(
             )
         if query.stride()[1:] != (query.shape[2], 1):  # modeling code may lay heads before tokens
             query = query.contiguous()
-        native.attend(
-            query, store, rows.block_table, rows.lengths, out, scale=scale, window=window, softcap=softcap
-        )
+        native.attend(query, store, rows.block_table, rows.lengths, out, **options)
 
     distance = probe(kernel, device, dtype, shape, DECODING)
     if not distance <= _BOUND[dtype]:
