@@ -13,7 +13,7 @@ from torch import nn
 
 from loramux_adapters.kernels import DenseKernel, FusedKernel, Product, ResidentLinear, prepacks
 from loramux_adapters.native.library import Native
-from loramux_adapters.native.products import TileKernel, multiplies
+from loramux_adapters.native.products import CodesKernel, multiplies
 from loramux_adapters.nf4 import NF4Linear, NF4Weight
 
 
@@ -58,7 +58,7 @@ def _kernels(linears: Sequence[NF4Linear | ResidentLinear], native: Native | Non
     biases = [linear.bias for linear in linears]
     canonical = [_canonical(linear) for linear in linears]
     if native is not None and multiplies(native, canonical):
-        tiles = TileKernel(native, canonical, biases)
+        tiles = CodesKernel(native, canonical, biases)
         return (
             FusedKernel(tiles, [linear.out_features for linear in linears]).parts if biases[1:] else [tiles]
         )

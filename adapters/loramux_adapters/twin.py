@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from loramux_adapters.kernels import DenseKernel, FusedPart
 from loramux_adapters.layers import AdapterBatch, MultiLoraLinear
-from loramux_adapters.native.products import TileKernel
+from loramux_adapters.native.products import CodesKernel
 from loramux_adapters.nf4 import NF4Weight
 
-_SHARED = (NF4Weight, DenseKernel, FusedPart, TileKernel, AdapterBatch)
+_SHARED = (NF4Weight, DenseKernel, FusedPart, CodesKernel, AdapterBatch)
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:

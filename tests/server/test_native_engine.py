@@ -105,8 +105,8 @@ def scores(outputs: list[TokenOutput]) -> list[Any]:
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_company_changes_not_a_bit(make: Make, tmp_path: Path, quantization: str) -> None:
     engine = make(quantization=quantization)
-    if engine.base.native is not None and not engine.base.native.has_tiles:
-        pytest.skip("this processor has no matrix tiles: oneDNN multiplies, whose bits depend on the batch")
+    if engine.base.native is not None and engine.base.native.products is None:
+        pytest.skip("oneDNN multiplies here, whose bits depend on the batch")
     items = requests_on(engine, tmp_path)
     mixed = run(engine, [(0, item) for item in items])
     for item in items:
@@ -150,7 +150,7 @@ def test_every_kernel_is_used(make: Make, tmp_path: Path, monkeypatch: pytest.Mo
     kinds = {
         type(module.kernel).__name__ for module in engine.base.model.modules() if hasattr(module, "kernel")
     }
-    assert kinds == ({"FusedPart", "TileKernel"} if native.has_tiles else {"FusedPart", "DenseKernel"})
+    assert kinds == ({"FusedPart", "CodesKernel"} if native.products else {"FusedPart", "DenseKernel"})
 
 
 @pytest.mark.parametrize("wrong", ["rms_norm", "rotate", "gate"])

@@ -23,7 +23,7 @@ struct Attention {
 
 /* What is known of some heads so far, of each: the largest score, the sum of weights, the weighted sum of values. */
 struct So {
-    float *most, *total, *values; /* [heads], [heads], [heads, size] with the even numbers of 32 before the odd ones */
+    float *most, *total, *values; /* [heads], [heads], [heads, size] of each two vectors the even numbers before the odd ones */
     float *scores;                /* [GROUP, padded block] of the block at hand */
     long padded;
 };
@@ -33,15 +33,15 @@ INLINE void score(const struct Attention *a, const bf16 *keys, const bf16 *comin
 {
     long token = 2 * a->kv_heads * a->size;
     for (long t = begin; t < end; t++) {
-        f32x16 acc[GROUP] = {{0}};
+        floats acc[GROUP] = {{0}};
         for (long i = 0; i < a->size; i += 2 * LANES) {
-            u32x16 key = load_pairs(keys + t * token + i);
+            words key = load_pairs(keys + t * token + i);
             __builtin_prefetch(coming + t * token + i);
             __builtin_prefetch(coming + t * token + a->kv_heads * a->size + i);
             for (int g = 0; g < count; g++)
                 acc[g] = dot(acc[g], load_pairs(query + g * a->size + i), key);
         }
-        f32x16 four = sums(acc[0], acc[1], acc[2], acc[3]);
+        floats four = sums(acc[0], acc[1], acc[2], acc[3]);
         for (int g = 0; g < count; g++)
             so->scores[g * so->padded + t] = four[g] * a->scale;
     }
@@ -67,9 +67,9 @@ INLINE void weigh(const struct Attention *a, float *scores, long begin, long end
             values[i] *= factor;
         *most = largest;
     }
-    f32x16 weights = {0};
+    floats weights = {0};
     for (long t = 0; t < padded; t += LANES) {
-        f32x16 part;
+        floats part;
         __builtin_memcpy(&part, scores + t, sizeof part);
         part = exponential(part - largest);
         weights += part;
@@ -82,15 +82,15 @@ INLINE void mix(const struct Attention *a, const bf16 *values, long begin, long 
 {
     long token = 2 * a->kv_heads * a->size;
     for (long i = 0; i < a->size; i += 2 * LANES) {
-        f32x16 e[GROUP], o[GROUP];
+        floats e[GROUP], o[GROUP];
         for (int g = 0; g < count; g++) {
             float *sum = so->values + (head + g) * a->size + i;
             __builtin_memcpy(&e[g], sum, sizeof e[g]);
             __builtin_memcpy(&o[g], sum + LANES, sizeof o[g]);
         }
         for (long t = begin; t < end; t++) {
-            u32x16 pairs = load_pairs(values + t * token + i);
-            f32x16 ve = even(pairs), vo = odd(pairs);
+            words pairs = load_pairs(values + t * token + i);
+            floats ve = even(pairs), vo = odd(pairs);
             for (int g = 0; g < count; g++) {
                 e[g] += so->scores[g * so->padded + t] * ve;
                 o[g] += so->scores[g * so->padded + t] * vo;
@@ -144,7 +144,7 @@ static void part_of_row(const struct Attention *a, long row, long kv_begin, long
     }
     for (long h = 0; h < count; h++)
         for (long i = 0; i < a->size; i += 2 * LANES) {
-            f32x16 e, o;
+            floats e, o;
             __builtin_memcpy(&e, so->values + h * a->size + i, sizeof e);
             __builtin_memcpy(&o, so->values + h * a->size + i + LANES, sizeof o);
             store_pairs(a->out + (row * a->heads + head + h) * a->size + i, e / so->total[h], o / so->total[h]);

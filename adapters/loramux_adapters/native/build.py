@@ -61,7 +61,7 @@ def _key(command: list[str], sources: list[Path]) -> str:
     digest = hashlib.sha256(repr(command).encode())
     digest.update(_run([command[0], "--version"]).encode())
     digest.update(_processor().encode())
-    for source in (*sources, _SOURCES / "common.h"):
+    for source in (*sources, *sorted(_SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:32]
 

@@ -43,12 +43,12 @@ static void norm_rows(void *data)
     for (long row = begin; row < end; row++) {
         const bf16 *x = norm->x + row * norm->size;
         bf16 *out = norm->out + row * norm->size;
-        f32x16 squares = {0};
+        floats squares = {0};
         for (long i = 0; i < norm->size; i += LANES)
             squares += load(x + i) * load(x + i);
         float scale = 1.0f / __builtin_sqrtf(sum(squares) / norm->size + norm->epsilon);
         for (long i = 0; i < norm->size; i += LANES) {
-            f32x16 normed = load(x + i) * scale, weight = load(norm->weight + i);
+            floats normed = load(x + i) * scale, weight = load(norm->weight + i);
             store(out + i, norm->around_one ? normed * (weight + 1.0f) : through_bf16(normed) * weight);
         }
     }
@@ -79,7 +79,7 @@ static void rotate_tokens(void *data)
             const bf16 *x = r->x + token * r->token_stride + head * r->head_stride;
             bf16 *out = r->out + (token * r->heads + head) * r->size;
             for (long i = 0; i < half; i += LANES) {
-                f32x16 first = load(x + i), second = load(x + half + i);
+                floats first = load(x + i), second = load(x + half + i);
                 store(out + i, through_bf16(first * load(c + i)) + through_bf16(-second * load(s + i)));
                 store(out + half + i,
                       through_bf16(second * load(c + half + i)) + through_bf16(first * load(s + half + i)));
@@ -112,8 +112,8 @@ static void gate_rows(void *data)
         const bf16 *gate = g->gate + row * g->gate_stride, *up = g->up + row * g->up_stride;
         bf16 *out = g->out + row * g->size;
         for (long i = 0; i < g->size; i += LANES) {
-            f32x16 x = load(gate + i);
-            f32x16 silu = x / (1.0f + exponential(-x));
+            floats x = load(gate + i);
+            floats silu = x / (1.0f + exponential(-x));
             store(out + i, through_bf16(silu) * load(up + i));
         }
     }

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,7 +31,9 @@ _SIGNATURES = {
     ),
     "loramux_write": (None, [_ADDRESS, _LONG, _LONG] * 2 + [_ADDRESS] * 2 + [_LONG] * 3),
     "loramux_tiles": (_INT, []),
-    "loramux_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
+    "loramux_tile_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
+    "loramux_vectors": (_INT, []),
+    "loramux_vector_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
     "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
 }
 
@@ -85,7 +88,8 @@ class Tiles:
 
 
 class Native:
-    def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL, *, tiles: bool = True) -> None:
+        """`tiles`: whether products use the processor's matrix tiles, if it has them."""
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -94,9 +98,13 @@ class Native:
             for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         ]
         library.loramux_setup(*runtime)
-        self.has_tiles = bool(library.loramux_tiles())
+        self.products: Literal["tiles", "vectors"] | None = (
+            "tiles" if tiles and library.loramux_tiles() else "vectors" if library.loramux_vectors() else None
+        )
         # y `[T, N]` = x `[T, K]` W^T + bias by addresses, of a weight that `products.py` packed and holds.
-        self.product: Callable[..., int] = library.loramux_product
+        self.product: Callable[..., int] = (
+            library.loramux_tile_product if self.products == "tiles" else library.loramux_vector_product
+        )
         self._rms_norm = library.loramux_rms_norm
         self._rotate = library.loramux_rotate
         self._gate = library.loramux_gate

@@ -27,19 +27,19 @@ struct Lora {
 /* h[t][j] = x[t] . a[j], of `ranks` rows of A. */
 INLINE void shrink(const bf16 *const *x, const bf16 *a, long in, const int count, const int ranks, float *h, long rank)
 {
-    f32x16 acc[TILE][TILE] = {{{0}}};
+    floats acc[TILE][TILE] = {{{0}}};
     for (long i = 0; i < in; i += 2 * LANES) {
-        u32x16 own[TILE];
+        words own[TILE];
         for (int t = 0; t < count; t++)
             own[t] = load_pairs(x[t] + i);
         for (int j = 0; j < ranks; j++) {
-            u32x16 factor = load_pairs(a + j * in + i);
+            words factor = load_pairs(a + j * in + i);
             for (int t = 0; t < count; t++)
                 acc[t][j] = dot(acc[t][j], own[t], factor);
         }
     }
     for (int t = 0; t < count; t++) {
-        f32x16 four = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+        floats four = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
         for (int j = 0; j < ranks; j++)
             h[t * rank + j] = four[j];
     }
@@ -48,14 +48,14 @@ INLINE void shrink(const bf16 *const *x, const bf16 *a, long in, const int count
 INLINE void expand(const float *h, const bf16 *b, long out, const int count, long rank, bf16 *const *y)
 {
     for (long o = 0; o < out; o += 2 * LANES) {
-        f32x16 e[TILE], d[TILE];
+        floats e[TILE], d[TILE];
         for (int t = 0; t < count; t++) {
-            u32x16 pairs = load_pairs(y[t] + o);
+            words pairs = load_pairs(y[t] + o);
             e[t] = even(pairs), d[t] = odd(pairs);
         }
         for (long j = 0; j < rank; j++) {
-            u32x16 pairs = load_pairs(b + j * out + o);
-            f32x16 be = even(pairs), bo = odd(pairs);
+            words pairs = load_pairs(b + j * out + o);
+            floats be = even(pairs), bo = odd(pairs);
             for (int t = 0; t < count; t++) {
                 e[t] += h[t * rank + j] * be;
                 d[t] += h[t * rank + j] * bo;

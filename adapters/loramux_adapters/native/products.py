@@ -1,13 +1,13 @@
-"""Linears multiplied by the processor's matrix tiles, from NF4 codes: a quarter of the bytes a dense 16-bit copy has.
+"""Linears multiplied from NF4 codes, a quarter of the bytes a dense 16-bit copy has: by matrix tiles, else by vectors.
 
-`TileKernel` is called like a `DenseKernel`. Weights are multiplied as the dense matrix has them: scale times code in fp32,
-rounded to bf16. On processors without such tiles there is none, and a dense copy is multiplied by torch (`kernels.py`).
+`CodesKernel` is called like a `DenseKernel`. Weights are multiplied as the dense matrix has them: scale times code in fp32,
+rounded to bf16. On processors that have neither there is none, and a dense copy is multiplied by torch (`kernels.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -21,7 +21,7 @@ _OUTPUTS, _INPUTS = 16, 32  # of a tile, as in tiles.c
 _BOUND = 5e-3  # relative error that is rounding to bf16
 
 
-class TileKernel:
+class CodesKernel:
     """One weight, or several that read the same input one below the other, ready for `x @ W.T + bias` in bf16."""
 
     def __init__(
@@ -37,10 +37,10 @@ class TileKernel:
         self.out_features = sum(sizes)
         if isinstance(weights[0], NF4Weight):
             self._codes = weights[0].state.code.float().contiguous()
-        packed = [_packed(weight) for weight in weights]
-        self._weight = torch.cat([codes for codes, _ in packed])
+        packed = [_LAYOUTS[native.products or "vectors"](weight) for weight in weights]
+        self._weight = _joined([codes for codes, _ in packed])
         if packed[0][1] is not None:
-            self._scales = torch.cat([scales for _, scales in packed if scales is not None])
+            self._scales = _joined([scales for _, scales in packed if scales is not None])
         if any(bias is not None for bias in biases):
             self._bias = torch.cat(
                 [
@@ -72,22 +72,25 @@ class TileKernel:
 
 
 def multiplies(native: Native | None, weights: Sequence[NF4Weight | torch.Tensor]) -> bool:
-    """Whether a `TileKernel` of these weights exists here."""
-    if native is None or not native.has_tiles:
+    """Whether a `CodesKernel` of these weights exists here."""
+    if native is None or native.products is None:
         return False
+    outputs = 2 * _OUTPUTS if native.products == "tiles" else 1
     return (
         len({isinstance(weight, NF4Weight) for weight in weights}) == 1
-        and all(_fits(weight) for weight in weights)
+        and all(_fits(weight, outputs) for weight in weights)
         and _right(native)
     )
 
 
 @cache
 def _right(native: Native) -> bool:
-    """Whether products by tiles agree with torch's, on a probe; if not, the log says so."""
+    """Whether products agree with torch's, on a probe; if not, the log says so."""
     distance = probe(native)
     if not distance <= _BOUND:
-        logger.warning("products by torch: those by tiles are wrong here (relative error %.3g)", distance)
+        logger.warning(
+            "products by torch: those by %s are wrong here (relative error %.3g)", native.products, distance
+        )
     return distance <= _BOUND
 
 
@@ -96,17 +99,33 @@ def _shape(weight: NF4Weight | torch.Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def _fits(weight: NF4Weight | torch.Tensor) -> bool:
+def _fits(weight: NF4Weight | torch.Tensor, outputs: int) -> bool:
     if isinstance(weight, NF4Weight):
         if weight.packed.device.type != "cpu" or weight.state.blocksize != BLOCKSIZE:
             return False
     elif weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
     out, inputs = _shape(weight)
-    return out % (2 * _OUTPUTS) == 0 and inputs % BLOCKSIZE == 0
+    return out % outputs == 0 and inputs % BLOCKSIZE == 0
 
 
-def _packed(weight: NF4Weight | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+_Packed = tuple[torch.Tensor, torch.Tensor | None]  # codes or bf16 numbers, and of NF4 the scales
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One below the other; of one part no copy."""
+    return torch.cat(parts) if parts[1:] else parts[0]
+
+
+def _by_rows(weight: NF4Weight | torch.Tensor) -> _Packed:
+    """As they are resident: codes `[N, K / 2]` and the scales `[N, K / 64]` in fp32, or bf16 `[N, K]`."""
+    if not isinstance(weight, NF4Weight):
+        return weight.detach().contiguous(), None
+    out, inputs = _shape(weight)
+    return weight.packed.view(out, inputs // 2), scales_of(weight).view(out, -1)
+
+
+def _by_tiles(weight: NF4Weight | torch.Tensor) -> _Packed:
     """Tiles `[N / 16, K / 32, ...]` of codes or bf16 numbers, and of NF4 the scales `[N / 16, K / 64, 16]` in fp32."""
     out, inputs = _shape(weight)
     tiles = (out // _OUTPUTS, inputs // _INPUTS)
@@ -119,6 +138,9 @@ def _packed(weight: NF4Weight | torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     packed = halves[0] | halves[1] << 4
     scales = scales_of(weight).view(tiles[0], _OUTPUTS, -1).transpose(1, 2)
     return packed.contiguous(), scales.contiguous()
+
+
+_LAYOUTS: dict[str, Callable[[NF4Weight | torch.Tensor], _Packed]] = {"tiles": _by_tiles, "vectors": _by_rows}
 
 
 def scales_of(weight: NF4Weight) -> torch.Tensor:
@@ -140,8 +162,8 @@ def probe(native: Native) -> float:
     worst = 0.0
     for weight in (NF4Weight.quantize(dense), dense.bfloat16()):
         exact = weight.dequantize(torch.bfloat16) if isinstance(weight, NF4Weight) else weight
-        kernel = TileKernel(native, [weight], [bias])
-        for rows in (1, 16, 17, 32, 33, 50, 81):
+        kernel = CodesKernel(native, [weight], [bias])
+        for rows in (1, 2, 3, 4, 5, 16, 17, 32, 33, 50, 81):
             x = torch.randn(1, rows, 192, generator=generator).bfloat16()
             expected = x.float() @ exact.float().T + bias.float()
             error = (kernel(x).float() - expected).norm() / expected.norm()

@@ -6,7 +6,7 @@
  * Layout: tiles of 16 outputs x 32 inputs; in a tile, row p has for each output the inputs 2p and 2p+1. As codes such a row is 16
  * bytes: low nibbles are its first 16 numbers, high nibbles the others.
  */
-#include "common.h"
+#include "product.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
@@ -19,16 +19,6 @@
 #define INPUTS 32
 #define NUMBERS (ROWS * INPUTS) /* in a tile */
 #define AHEAD 2048              /* bytes of codes that are fetched before they are needed */
-
-struct Product {
-    const void *weight;  /* uint8 [N/16, K/32, 256] codes, or bf16 [N/16, K/32, 512] */
-    const float *scales; /* [N/16, K/64, 16]; NULL: the weight is bf16 */
-    const float *codes;  /* the 16 values of NF4 */
-    const bf16 *bias, *x;
-    bf16 *y;
-    long rows, in, out;
-    int failed;
-};
 
 /* What was written before is in memory: compilers do not know what the tile instructions read. */
 INLINE void written(const void *what) { __asm__ volatile("" : : "r"(what) : "memory"); }
@@ -73,11 +63,11 @@ static void dequantize(const struct Product *p, long tile, bf16 *to)
 
 static void write_out(const struct Product *p, const float *sums, long row, long rows, long output)
 {
-    f32x16 bias = {0};
+    floats bias = {0};
     if (p->bias)
         bias = load(p->bias + output);
     for (long t = 0; t < rows; t++) {
-        f32x16 sum;
+        floats sum;
         memcpy(&sum, sums + t * ROWS, sizeof sum);
         store(p->y + (row + t) * p->out + output, sum + bias);
     }
@@ -171,9 +161,9 @@ int loramux_tiles(void)
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
-/* x `[rows, in]`, y `[rows, out]`, contiguous; in a multiple of 64, out of 32. Returns 1 if there was no memory. */
-int loramux_product(const void *weight, const float *scales, const float *codes, const bf16 *bias, const bf16 *x, bf16 *y,
-                    long rows, long in, long out)
+/* weight uint8 `[N/16, K/32, 256]` or bf16 `[N/16, K/32, 512]`, scales `[N/16, K/64, 16]`; out a multiple of 32. */
+int loramux_tile_product(const void *weight, const float *scales, const float *codes, const bf16 *bias, const bf16 *x, bf16 *y,
+                         long rows, long in, long out)
 {
     if (!rows)
         return 0;
@@ -186,8 +176,8 @@ int loramux_product(const void *weight, const float *scales, const float *codes,
 
 int loramux_tiles(void) { return 0; }
 
-int loramux_product(const void *weight, const float *scales, const float *codes, const bf16 *bias, const bf16 *x, bf16 *y,
-                    long rows, long in, long out)
+int loramux_tile_product(const void *weight, const float *scales, const float *codes, const bf16 *bias, const bf16 *x, bf16 *y,
+                         long rows, long in, long out)
 {
     (void)weight, (void)scales, (void)codes, (void)bias, (void)x, (void)y;
     (void)rows, (void)in, (void)out;

@@ -27,7 +27,7 @@ from loramux_adapters.kernels import ResidentLinear
 from loramux_adapters.model_config import CONFIG_FAULTS, faults_said, reason
 from loramux_adapters.native.library import Native, load_native
 from loramux_adapters.native.modeling import put_behind
-from loramux_adapters.native.products import TileKernel, multiplies
+from loramux_adapters.native.products import CodesKernel, multiplies
 from loramux_adapters.nf4 import NF4Linear, NF4Weight, base_identity
 from loramux_adapters.nf4_rows import choose_few_rows
 from loramux_adapters.spec import BaseGeometry
@@ -262,7 +262,7 @@ def _prepare_head(model: PreTrainedModel, native: Native | None) -> None:
         head = ResidentLinear(head)
         model.set_output_embeddings(head)
         if native is not None and multiplies(native, [head.weight]):
-            head.kernel = TileKernel(native, [head.weight], [head.bias])
+            head.kernel = CodesKernel(native, [head.weight], [head.bias])
 
 
 def _canonical_linears(model: PreTrainedModel) -> list[tuple[str, NF4Weight | torch.Tensor]]:
