@@ -288,11 +288,11 @@ class AdapterBank:
         slots = [self.tier.slots[name] for name in set(rows) if name is not None]
         return sorted(slots, key=lambda slot: slot.offset)
 
-    def set_adapter(self, rows: Sequence[str | None]) -> None:
-        """Choose, for each row of the next forward pass, its adapter's generation (None: the base alone).
+    def targeted(self, slots: Sequence[Slot]) -> frozenset[str]:
+        """The linears that one of them changes."""
+        return frozenset[str]().union(*(self._targets[slot.generation] for slot in slots))
 
-        Every named generation must be resident and acquired.
-        """
+    def set_adapter(self, rows: Sequence[str | None]) -> None:
+        """Choose, for each row of the next pass, its generation, resident and acquired (None: the base alone)."""
         slots = self.active(rows)
-        targeted = frozenset[str]().union(*(self._targets[slot.generation] for slot in slots))
-        self.pool.select(rows, slots, targeted)
+        self.pool.select(rows, slots, self.targeted(slots))

@@ -86,7 +86,7 @@ class DevicePool:
             for group, pool in zip(groups, self.a, strict=True)
             for member, name in enumerate(group)
         }
-        self._by_rows = row_adapters(native, memory)
+        self.by_rows = row_adapters(native, memory)
         self._cut: _Cut | None = None
 
     def fill(self, slot: Slot, factors: FactorMap) -> None:
@@ -108,9 +108,9 @@ class DevicePool:
         if not slots:
             self.batch.select({}, {}, None)
             return
-        if self._by_rows is not None and (len(slots) > 1 or None in rows or len(rows) <= _ROWS_OF_ONE):
-            self._by_rows.select(rows, slots, targeted)
-            self.batch.select_rows(self._by_rows)
+        if self.by_rows is not None and (len(slots) > 1 or None in rows or len(rows) <= _ROWS_OF_ONE):
+            self.by_rows.select(rows, slots, targeted)
+            self.batch.select_rows(self.by_rows)
             return
         cut = self._cut
         if cut is None or not cut.serves(slots):

@@ -19,10 +19,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, doubling_up_to, sizes_up_to
+from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, sizes_up_to
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AdapterRef, AddRequest
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
+from loramux_server.engine.recorded_adapters import doubling_up_to
 from loramux_server.engine.runner import GraphLimits
 from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
 
@@ -239,7 +240,7 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_as_before(
     with caplog.at_level(logging.WARNING):
         assert answers(engine, wanted) == answers(plain, wanted)
     assert not graphs.works
-    assert caplog.text.count("decoding runs without CUDA graphs") == 1
+    assert caplog.text.count("decoding runs without recorded steps") == 1
     assert said in caplog.text
     assert "and more" not in caplog.text
 

@@ -10,6 +10,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,8 @@ from loramux_adapters.native import build
 from loramux_adapters.native.build import CannotBuild
 
 logger = logging.getLogger(__name__)
+
+Call = Callable[[], int | None]  # other than 0 or None: there was no memory
 
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -101,8 +104,9 @@ class Native:
         self.products: Literal["tiles", "vectors"] | None = (
             "tiles" if tiles and library.loramux_tiles() else "vectors" if library.loramux_vectors() else None
         )
-        # y `[T, N]` = x `[T, K]` W^T + bias by addresses, of a weight that `products.py` packed and holds.
-        self.product: Callable[..., int] = (
+        # Told of every call, while it is set: the call, which can be repeated as long as its tensors' memory is there.
+        self.recording: Callable[[Call], None] | None = None
+        self._product = (
             library.loramux_tile_product if self.products == "tiles" else library.loramux_vector_product
         )
         self._rms_norm = library.loramux_rms_norm
@@ -112,6 +116,15 @@ class Native:
         self._attend = library.loramux_attend
         self._write = library.loramux_write
 
+    def _call(self, function: Callable[..., int | None], *arguments: object) -> int | None:
+        if self.recording is not None:
+            self.recording(partial(function, *arguments))
+        return function(*arguments)
+
+    def product(self, *arguments: object) -> int | None:
+        """y `[T, N]` = x `[T, K]` W^T + bias by addresses, of a weight that `products.py` packed. 1: no memory."""
+        return self._call(self._product, *arguments)
+
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, *, around_one: bool
     ) -> torch.Tensor:
@@ -119,8 +132,15 @@ class Native:
         x = x.contiguous()
         out = torch.empty_like(x)
         size = x.shape[-1]
-        self._rms_norm(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, epsilon, around_one
+        self._call(
+            self._rms_norm,
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // size,
+            size,
+            epsilon,
+            around_one,
         )
         return out
 
@@ -128,7 +148,8 @@ class Native:
         """x `[1, heads, T, size]`, cosine and sine `[1, T, size]` contiguous, size a multiple of 32 -> as x."""
         _, heads, tokens, size = x.shape
         out = torch.empty((1, tokens, heads, size), dtype=x.dtype)
-        self._rotate(
+        self._call(
+            self._rotate,
             x.data_ptr(),
             cosine.data_ptr(),
             sine.data_ptr(),
@@ -145,12 +166,22 @@ class Native:
         """silu(gate) * up of `[1, T, size]`, size a multiple of 16."""
         out = torch.empty(gate.shape, dtype=gate.dtype)
         _, rows, size = gate.shape
-        self._gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, gate.stride(1), up.stride(1))
+        self._call(
+            self._gate,
+            gate.data_ptr(),
+            up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            size,
+            gate.stride(1),
+            up.stride(1),
+        )
         return out
 
     def lora(self, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, tiles: Tiles) -> None:
         """y `[..., out]` += x `[..., in]` A^T B in place, A `[R, in]`, B `[R, out]`; in and out multiples of 32."""
-        failed = self._lora(
+        failed = self._call(
+            self._lora,
             a.data_ptr(),
             b.data_ptr(),
             a.shape[1],
@@ -184,7 +215,8 @@ class Native:
         `[n, width]` and lengths `[n]` int64; out `[n, heads, size]` contiguous.
         """
         _, block_size, _, kv_heads, size = cache.shape
-        failed = self._attend(
+        failed = self._call(
+            self._attend,
             query.data_ptr(),
             query.stride(0),
             cache.data_ptr(),
@@ -206,7 +238,8 @@ class Native:
 
     def write(self, cache: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """key and value `[T, kv_heads, size]` to flat positions `slots [T]` int64 of the cache that `attend` reads."""
-        self._write(
+        self._call(
+            self._write,
             key.data_ptr(),
             key.stride(0),
             key.stride(1),

@@ -104,11 +104,14 @@ static void tiles_of(void *data)
     }
 }
 
-/* A `[ranks, in]`, B `[ranks, out]`; x and y rows with their strides. Returns 1 if there was no memory. */
+/* A `[ranks, in]`, B `[ranks, out]`; x and y rows with their strides; tiles of no rows come last. Returns 1 if there was
+ * no memory. */
 int loramux_lora(const bf16 *a, const bf16 *b, long in, long out, const bf16 *x, long x_stride, bf16 *y, long y_stride,
                  const struct Tile *tiles, long num_tiles, const int32_t *rows)
 {
+    while (num_tiles && !tiles[num_tiles - 1].count)
+        num_tiles--;
     struct Lora lora = {a, b, in, out, x, y, x_stride, y_stride, tiles, rows, num_tiles, 0};
-    run(tiles_of, &lora, num_tiles == 1);
+    run(tiles_of, &lora, num_tiles < 2);
     return lora.failed;
 }

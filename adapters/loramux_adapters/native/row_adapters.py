@@ -35,8 +35,16 @@ class RowAdapters:
 
     def select(self, rows: Sequence[str | None], slots: Sequence[Slot], targeted: Collection[str]) -> None:
         """For the next pass: `rows` names each row's generation, `slots` where those lie."""
-        self._targeted, self._count = targeted, len(rows)
-        self._tiles = tiles_of(rows, slots)
+        self.select_tiles(tiles_of(rows, slots), len(rows), targeted)
+
+    def select_tiles(self, tiles: Tiles, rows: int, targeted: Collection[str]) -> None:
+        """For the next pass of that many rows; tiles of no rows at the end are left out when it runs."""
+        self._tiles, self._count, self._targeted = tiles, rows, targeted
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all linears."""
+        return frozenset(self._memory)
 
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y `[rows, out]` += each row of x `[rows, in]` through its adapter; rows without one are not touched."""

@@ -1,13 +1,13 @@
-"""Decoding steps as CUDA graphs: recorded once for a number of rows and of rank rows, then replayed with one launch.
+"""Decoding steps that are recorded once, for a number of rows and a kind of adapters, and then replayed.
 
 A 7B model launches more than a thousand kernels a step, each some microseconds of the host's time; with few rows the device
-waits for them. A graph holds them all. It reads and writes fixed addresses: a step's tensors are copied into its inputs,
-filled up to the next size with rows that belong to nobody, and the active adapters are arranged in a stack
-(`loramux_adapters.stack`), filled up likewise. Base alone is a size of its own.
+waits for them. A CUDA graph holds them all; on CPUs with compiled kernels a tape (`tape.py`) spares the Python between them.
+A recording reads and writes fixed addresses: a step's tensors are copied into its inputs, filled up to the next size with
+rows that belong to nobody, and its adapters are found as `recorded_adapters.py` says.
 
-Promises: a graph is used only after its first replay has given what the same forward pass gives without one; whatever fails
-while one is recorded is logged once, and then steps run without graphs. Steps with prompts, and with more rows than are
-recorded, are not for this. What records is an argument, so that all of this but CUDA's own part runs on every device.
+Promises: a recording is used only after its first replay has given what the same forward pass gives without one; whatever
+fails while one is made is logged once, and then steps run without. Steps with prompts, and with more rows than are recorded,
+are not for this. What records is an argument, so that all of this but CUDA's own part runs on every device.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loramux_adapters.bank import AdapterBank
-from loramux_adapters.stack import AdapterStack
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import AttentionKernels, PagedBatch
+from loramux_server.engine.recorded_adapters import RecordedAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Recording:
     result: torch.Tensor
 
 
-MOST_ROWS = 256  # with more the device does not wait for launches, and each size takes memory
+MOST_ROWS = 256  # with more nothing waits for launches, and each size takes memory
 
 Record = Callable[[Callable[[], torch.Tensor]], Recording]
 
@@ -81,22 +80,13 @@ def sizes_up_to(most: int) -> list[int]:
     return [*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most]
 
 
-def doubling_up_to(most: int, least: int = 16) -> list[int]:
-    """Numbers of rank rows that are recorded besides none."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= 2
-    return [*sizes, most]
-
-
 class DecodeGraphs:
     """Fixed inputs, and what was recorded of them."""
 
     def __init__(
         self,
         forward: Forward,
-        bank: AdapterBank,
+        adapters: RecordedAdapters,
         store: KVStore,
         kernels: AttentionKernels,
         record: Record,
@@ -106,22 +96,19 @@ class DecodeGraphs:
     ) -> None:
         """`max_blocks` of one sequence. `kernels.decode` must be there: gathering depends on how long sequences are."""
         self._forward = forward
-        self._bank = bank
+        self._adapters = adapters
         self._store = store
         self._kernels = kernels
         self._record = record
-        self._stack = AdapterStack(bank.pool)
         self._sizes = sizes_up_to(min(max_rows, MOST_ROWS))
-        self._rank_sizes = doubling_up_to(bank.tier.rows)
-        device = bank.device
+        device = store.layers[0].device
         self._tokens = torch.zeros(1, max_rows, dtype=torch.long, device=device)
         self._positions = torch.zeros(1, max_rows, dtype=torch.long, device=device)
         self._slots = torch.zeros(max_rows, dtype=torch.long, device=device)
         self._lengths = torch.ones(max_rows, dtype=torch.long, device=device)
         self._table = torch.zeros(max_rows, max_blocks, dtype=torch.long, device=device)
-        self._foreign = torch.ones(max_rows * bank.tier.rows, dtype=torch.bool, device=device)
         self._logits: torch.Tensor | None = None  # [rows, vocab], of all sizes: one runs at a time
-        self._recordings: dict[tuple[int, int], Recording] = {}
+        self._recordings: dict[tuple[int, Hashable], Recording] = {}
         self._recorded_steps: list[Callable[[], torch.Tensor]] = []  # they hold tensors that a graph reads
         self.works = True
 
@@ -132,37 +119,24 @@ class DecodeGraphs:
 
         `paged` is the step's, on the CPU.
         """
-        slots = self._bank.active(rows)
-        ranks = sum(slot.rows for slot in slots)
         if not self.works or len(rows) > self._sizes[-1]:
             return None
         size = self._sizes[bisect_left(self._sizes, len(rows))]
-        rank_size = self._rank_size(ranks)
-        if rank_size:
-            self._stack.arrange(slots, rank_size)
+        kind = self._adapters.choose(rows)
 
         def fill() -> None:
             self._fill(tokens, positions, paged)
             self._fill_up(len(rows), size)
-            if rank_size:
-                mask = self._stack.foreign([*rows, *[None] * (size - len(rows))])
-                self._mask(size, rank_size).copy_(mask)
+            self._adapters.fill(rows, size, kind)
 
         fill()
-        recording = self._recordings.get((size, rank_size))
+        recording = self._recordings.get((size, kind))
         if recording is None:
-            recording = self._recorded(size, rank_size, fill)
+            recording = self._recorded(size, kind, fill)
             if recording is None:
                 return None
         recording.replay()
         return recording.result[: len(rows)]
-
-    def _rank_size(self, ranks: int) -> int:
-        """The stack's size as it is, if that is not far too large: to change it is to copy all that is active."""
-        if not ranks:
-            return 0
-        size = self._rank_sizes[bisect_left(self._rank_sizes, ranks)]
-        return self._stack.rows if size <= self._stack.rows <= 2 * size else size
 
     def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
         count, width = paged.block_table.shape
@@ -181,20 +155,17 @@ class DecodeGraphs:
         self._lengths[count:size] = 1
         self._table[count:size] = nobodys
 
-    def _mask(self, size: int, rank_size: int) -> torch.Tensor:
-        return self._foreign[: size * rank_size].view(size, rank_size)
-
-    def _recorded(self, size: int, rank_size: int, fill: Callable[[], None]) -> Recording | None:
+    def _recorded(self, size: int, kind: Hashable, fill: Callable[[], None]) -> Recording | None:
         """Record one size over other rows than those that lie in the inputs now, and prove it with these.
 
         None if these prove nothing; None, for good, if it does not work.
         """
         began = time.perf_counter()
-        work = self._step_of(size, rank_size)
+        work = self._step_of(size, kind)
         try:
             expected = work().float().clone()
             self._fill_up(0, size)
-            self._mask(size, rank_size).fill_(True)
+            self._adapters.fill((), size, kind)
             recording = self._record(work)
             fill()
             recording.replay()
@@ -213,19 +184,21 @@ class DecodeGraphs:
             return None
         if not proven:
             return None
-        self._recordings[size, rank_size] = recording
+        self._recordings[size, kind] = recording
         self._recorded_steps.append(work)
         seconds = time.perf_counter() - began
-        logger.info("recorded decoding of %d rows over %d rank rows in %.2f s", size, rank_size, seconds)
+        logger.info(
+            "recorded decoding of %d rows, %s, in %.2f s", size, self._adapters.describe(kind), seconds
+        )
         return recording
 
     def _give_up(self, reason: str) -> None:
-        logger.warning("decoding runs without CUDA graphs: %s", reason)
+        logger.warning("decoding runs without recorded steps: %s", reason)
         self.works = False
         self._recordings.clear()
         self._recorded_steps.clear()
 
-    def _step_of(self, size: int, rank_size: int) -> Callable[[], torch.Tensor]:
+    def _step_of(self, size: int, kind: Hashable) -> Callable[[], torch.Tensor]:
         """The forward pass of one size over the inputs."""
         none = self._slots[:0]
         paged = PagedBatch(
@@ -240,10 +213,9 @@ class DecodeGraphs:
         )
         kept = torch.arange(size, device=none.device)
         tokens, positions = self._tokens[:, :size], self._positions[:, :size]
-        foreign = self._mask(size, rank_size)
 
         def work() -> torch.Tensor:
-            self._stack.select(rank_size, foreign)
+            self._adapters.select(size, kind)
             logits = self._forward(tokens, positions, kept, paged)
             if self._logits is None:
                 self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])

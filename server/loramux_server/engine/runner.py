@@ -19,8 +19,10 @@ from loramux_server.engine.attention_kernels import AttentionShape, attention_ke
 from loramux_server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Record
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import Chunk, PagedBatch
+from loramux_server.engine.recorded_adapters import recorded_adapters
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
+from loramux_server.engine.tape import TapeRecorder
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:
@@ -59,7 +61,7 @@ class ModelRunner:
         block_size: int,
         graph_limits: GraphLimits | None = None,
     ) -> None:
-        """Without `graph_limits` no step is recorded; nor is one on anything but CUDA."""
+        """Without `graph_limits` no step is recorded; nor is one on CPUs without compiled kernels."""
         self.base = base
         self.bank = bank
         layers, kv_heads, head_dim = _kv_shape(base)
@@ -71,13 +73,16 @@ class ModelRunner:
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
         self.graphs: DecodeGraphs | None = None
-        if graph_limits is not None and base.device.type == "cuda" and self.kernels.decode is not None:
-            self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
+        if graph_limits is not None and self.kernels.decode is not None:
+            if base.device.type == "cuda":
+                self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
+            elif base.native is not None and bank.pool.by_rows is not None:
+                self.graphs = self.decode_graphs(graph_limits, TapeRecorder(base.native))
 
     def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
         return DecodeGraphs(
             self._forward,
-            self.bank,
+            recorded_adapters(self.bank, limits.rows),
             self.store,
             self.kernels,
             record,

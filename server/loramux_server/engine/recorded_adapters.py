@@ -1,0 +1,129 @@
+"""How the adapters of a recorded decoding step are found: at addresses that a recording can keep.
+
+On CUDA the active ones are copied into a stack (`loramux_adapters.stack`) and multiplied as one, foreign entries masked. On
+CPUs with compiled kernels each row is multiplied with its own factors where they lie in the pool, which never move; what a
+step changes is a table of which rows those are. A step is recorded once for a number of rows and for a *kind*: of the
+stack how many rank rows, of the pool which linears; none is the base alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import torch
+
+from loramux_adapters.bank import AdapterBank
+from loramux_adapters.native.library import Tiles
+from loramux_adapters.native.row_adapters import RowAdapters, tiles_of
+from loramux_adapters.stack import AdapterStack
+
+Rows = Sequence[str | None]  # the generation of each
+
+
+class RecordedAdapters(Protocol):
+    def choose(self, rows: Rows) -> Hashable:
+        """The kind of a step of these rows, whose adapters are where it will look for them. False if it has none."""
+        ...
+
+    def fill(self, rows: Rows, size: int, kind: Hashable) -> None:
+        """The inputs of a step of `size` rows, of which those after `rows` are nobody's."""
+        ...
+
+    def select(self, size: int, kind: Hashable) -> None:
+        """Make the next forward pass read those inputs."""
+        ...
+
+    def describe(self, kind: Hashable) -> str: ...
+
+
+def doubling_up_to(most: int, least: int = 16) -> list[int]:
+    """Numbers of rank rows that are recorded besides none."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
+
+
+class StackedAdapters:
+    """A kind is the number of rank rows in the stack."""
+
+    def __init__(self, bank: AdapterBank, max_rows: int) -> None:
+        self._bank = bank
+        self._stack = AdapterStack(bank.pool)
+        self._sizes = doubling_up_to(bank.tier.rows)
+        self._foreign = torch.ones(max_rows * bank.tier.rows, dtype=torch.bool, device=bank.device)
+
+    def choose(self, rows: Rows) -> int:
+        """The stack's size as it is, if that is not far too large: to change it is to copy all that is active."""
+        slots = self._bank.active(rows)
+        if not slots:
+            return 0
+        size = self._sizes[bisect_left(self._sizes, sum(slot.rows for slot in slots))]
+        if size <= self._stack.rows <= 2 * size:
+            size = self._stack.rows
+        self._stack.arrange(slots, size)
+        return size
+
+    def fill(self, rows: Rows, size: int, kind: Hashable) -> None:
+        if kind:
+            mask = self._stack.foreign([*rows, *[None] * (size - len(rows))])
+            self._mask(size, kind).copy_(mask)
+
+    def select(self, size: int, kind: Hashable) -> None:
+        assert isinstance(kind, int)
+        self._stack.select(kind, self._mask(size, kind))
+
+    def describe(self, kind: Hashable) -> str:
+        return f"{kind} rank rows"
+
+    def _mask(self, size: int, ranks: Hashable) -> torch.Tensor:
+        assert isinstance(ranks, int)
+        return self._foreign[: size * ranks].view(size, ranks)
+
+
+class PooledAdapters:
+    """A kind is the linears that adapters target; after some kinds, all linears, whose factors are zero where not."""
+
+    _MOST_KINDS = 4
+
+    def __init__(self, bank: AdapterBank, by_rows: RowAdapters, max_rows: int) -> None:
+        self._bank = bank
+        self._by_rows = by_rows
+        self._kinds: set[frozenset[str]] = set()
+        self._tiles = torch.zeros(max_rows, 4, dtype=torch.int32)
+        self._order = torch.zeros(max_rows, dtype=torch.int32)
+
+    def choose(self, rows: Rows) -> frozenset[str]:
+        targeted = self._bank.targeted(self._bank.active(rows))
+        if targeted and targeted not in self._kinds:
+            if len(self._kinds) >= self._MOST_KINDS:
+                targeted = self._by_rows.names
+            self._kinds.add(targeted)
+        return targeted
+
+    def fill(self, rows: Rows, size: int, kind: Hashable) -> None:
+        found = tiles_of(rows, self._bank.active(rows))
+        self._tiles[: found.count] = found.tiles
+        self._tiles[found.count : size] = 0
+        self._order[: len(found.rows)] = found.rows
+
+    def select(self, size: int, kind: Hashable) -> None:
+        assert isinstance(kind, frozenset)
+        batch = self._bank.pool.batch
+        if not kind:
+            batch.select({}, {}, None)
+            return
+        self._by_rows.select_tiles(Tiles(self._tiles[:size], self._order[:size]), size, kind)
+        batch.select_rows(self._by_rows)
+
+    def describe(self, kind: Hashable) -> str:
+        assert isinstance(kind, frozenset)
+        return f"adapters of {len(kind)} linears" if kind else "the base alone"
+
+
+def recorded_adapters(bank: AdapterBank, max_rows: int) -> RecordedAdapters:
+    by_rows = bank.pool.by_rows
+    return StackedAdapters(bank, max_rows) if by_rows is None else PooledAdapters(bank, by_rows, max_rows)
