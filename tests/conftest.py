@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from loramux_adapters.native import build
 from loramux_adapters.native.library import Native, load_native
 
 torch.set_num_threads(1)
@@ -58,12 +59,19 @@ TINY_CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
-    """The CPU's kernels, compiled once."""
+@pytest.fixture(scope="session", params=["own", "avx2", "sse2"])
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Native:
+    """The CPU's kernels, compiled once for this processor, and as for ones with narrower vectors."""
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         pytest.skip("no C compiler")
-    found = load_native(tmp_path_factory.mktemp("kernels"))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "own":
+            cpuinfo = Path("/proc/cpuinfo")
+            if not cpuinfo.exists() or request.param not in cpuinfo.read_text():
+                pytest.skip(f"this processor has no {request.param}")
+            other = {"avx2": "-march=haswell", "sse2": "-march=x86-64"}[request.param]
+            patch.setattr(build, "_native", lambda: other)
+        found = load_native(tmp_path_factory.mktemp("kernels"))
     assert found is not None
     return found
 

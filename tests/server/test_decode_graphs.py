@@ -276,7 +276,7 @@ def test_a_prompts_last_token_but_one_is_scored_though_it_comes_alone(make_engin
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
 
-def test_nothing_is_recorded_without_cuda(make_engine: EngineFactory) -> None:
+def test_nothing_is_recorded_without_cuda_or_compiled_kernels(make_engine: EngineFactory) -> None:
     assert make_engine().runner.graphs is None
 
 

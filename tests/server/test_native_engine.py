@@ -15,6 +15,7 @@ from loramux_adapters.errors import BaseModelError
 from loramux_server.base.loading import LoadOptions, load_base
 from loramux_server.engine.engine import Engine, EngineOptions
 from loramux_server.engine.messages import TokenOutput
+from loramux_server.engine.recorded_adapters import PooledAdapters
 from loramux_server.engine.scheduler import SchedulerLimits
 from tests.server.support import Recipe, request, run, tokens_of, write_adapter
 
@@ -114,6 +115,50 @@ def test_company_changes_not_a_bit(make: Make, tmp_path: Path, quantization: str
         assert tokens_of(alone) == tokens_of(mixed[item.id])
         assert scores(alone) == scores(mixed[item.id])
     assert len({tuple(tokens_of(outputs)) for outputs in mixed.values()}) == len(WHO)
+
+
+def test_recorded_steps_say_the_same_to_the_bit(make: Make, tmp_path: Path) -> None:
+    recorded, plain = make(), make(enforce_eager=True)
+    if recorded.base.native is not None and recorded.base.native.products is None:
+        pytest.skip("oneDNN multiplies here, whose bits depend on how many rows a step is filled up to")
+    assert plain.runner.graphs is None
+    graphs = recorded.runner.graphs
+    assert graphs is not None
+    for count in (1, 2, 9):
+        for first in (0, 1):  # on the base, on an adapter
+            chosen = slice(first, first + count)
+            ours = run(recorded, [(0, one) for one in requests_on(recorded, tmp_path / "one")[chosen]])
+            theirs = run(plain, [(0, one) for one in requests_on(plain, tmp_path / "two")[chosen]])
+            for name, outputs in ours.items():
+                assert tokens_of(outputs) == tokens_of(theirs[name])
+                assert scores(outputs) == scores(theirs[name])
+    assert graphs.works
+    kinds = {kind for _, kind in graphs._recordings}
+    assert {frozenset(), recorded.bank.pool.by_rows and recorded.bank.pool.by_rows.names} <= kinds
+    assert {size for size, _ in graphs._recordings} >= {1, 2, 16}
+
+
+def test_no_more_kinds_are_recorded_than_a_few(make: Make, tmp_path: Path) -> None:
+    """Adapters may target any linears; after some combinations a step is recorded for all of them."""
+    engine = make(max_loras=8, lora_rows=64)
+    adapters = engine.runner.graphs and engine.runner.graphs._adapters
+    assert isinstance(adapters, PooledAdapters)
+    leaves = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    found = {}
+    for number, leaf in enumerate(leaves):
+        ref = write_adapter(tmp_path / leaf, engine.base.geometry, Recipe(r=4, seed=number, targets=(leaf,)))
+        outputs = run(engine, [(0, request(leaf, [5, 6, 7], ref, max_tokens=6, logprobs=1))])[leaf]
+        plain = make(enforce_eager=True, max_loras=8, lora_rows=64)
+        assert scores(outputs) == scores(
+            run(plain, [(0, request(leaf, [5, 6, 7], ref, max_tokens=6, logprobs=1))])[leaf]
+        )
+        found[leaf] = tokens_of(outputs)
+    by_rows = engine.bank.pool.by_rows
+    assert by_rows is not None
+    assert len(adapters._kinds) == 5
+    assert by_rows.names in adapters._kinds
+    assert engine.runner.graphs is not None
+    assert engine.runner.graphs.works
 
 
 def test_torch_says_nearly_the_same(make: Make, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,26 @@ _SIGNATURES = {
     "loramux_vector_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
     "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
 }
+
+
+class _Recorder(threading.local):
+    calls: list[Call] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def recorded(calls: list[Call]) -> Iterator[None]:
+    """Within, this thread's calls of kernels are done and appended, to be repeated while their tensors' memory is there.
+
+    Of any `Native`: modeling code may call the kernels of a base that was loaded after its own.
+    """
+    _recorder.calls = calls
+    try:
+        yield
+    finally:
+        _recorder.calls = None
 
 
 def load_native(directory: Path) -> Native | None:
@@ -93,6 +115,7 @@ class Tiles:
 class Native:
     def __init__(self, library: ctypes.CDLL, openmp: ctypes.CDLL, *, tiles: bool = True) -> None:
         """`tiles`: whether products use the processor's matrix tiles, if it has them."""
+        self.library, self.openmp = library, openmp
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
@@ -104,8 +127,6 @@ class Native:
         self.products: Literal["tiles", "vectors"] | None = (
             "tiles" if tiles and library.loramux_tiles() else "vectors" if library.loramux_vectors() else None
         )
-        # Told of every call, while it is set: the call, which can be repeated as long as its tensors' memory is there.
-        self.recording: Callable[[Call], None] | None = None
         self._product = (
             library.loramux_tile_product if self.products == "tiles" else library.loramux_vector_product
         )
@@ -117,8 +138,8 @@ class Native:
         self._write = library.loramux_write
 
     def _call(self, function: Callable[..., int | None], *arguments: object) -> int | None:
-        if self.recording is not None:
-            self.recording(partial(function, *arguments))
+        if _recorder.calls is not None:
+            _recorder.calls.append(partial(function, *arguments))
         return function(*arguments)
 
     def product(self, *arguments: object) -> int | None:

@@ -77,7 +77,7 @@ class ModelRunner:
             if base.device.type == "cuda":
                 self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
             elif base.native is not None and bank.pool.by_rows is not None:
-                self.graphs = self.decode_graphs(graph_limits, TapeRecorder(base.native))
+                self.graphs = self.decode_graphs(graph_limits, TapeRecorder())
 
     def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
         return DecodeGraphs(

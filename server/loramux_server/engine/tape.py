@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from loramux_adapters.native.library import Native
+from loramux_adapters.native.library import Call, recorded
 from loramux_adapters.residency import RowPool
 from loramux_server.engine.decode_graphs import Recording
 
@@ -39,6 +39,7 @@ class Arena:
     """Memory whose pieces are used again when the tensors that lay in them have ended."""
 
     def __init__(self, reserved: int = _RESERVED) -> None:
+        self._reserved = reserved
         self._memory = memoryview(mmap.mmap(-1, reserved))
         self._pool = RowPool(reserved // _UNIT)
 
@@ -48,7 +49,7 @@ class Arena:
         units = max(-(-bytes_ // _UNIT), 1)
         first = self._pool.allocate(units)
         if first is None:
-            raise RuntimeError(f"a step's results take more than {_RESERVED >> 30} GiB")
+            raise RuntimeError(f"a step's results take more than {self._reserved >> 20} MiB")
         piece = self._memory[first * _UNIT : (first + units) * _UNIT]
         weakref.finalize(piece, self._pool.release, first, units).atexit = False
         flat = torch.frombuffer(
@@ -58,28 +59,22 @@ class Arena:
 
 
 class Tape(TorchDispatchMode):
-    """While it is entered, what runs is recorded."""
+    """What ran in `record`, to be replayed."""
 
-    def __init__(self, arena: Arena, native: Native) -> None:
+    def __init__(self, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._arena = arena
-        self._native = native
-        self._calls: list[Callable[[], object]] = []
+        self._calls: list[Call] = []
 
-    def __enter__(self) -> Tape:
-        super().__enter__()  # type: ignore[no-untyped-call]
-        self._native.recording = self._calls.append
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self._native.recording = None
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+    def record(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self, recorded(self._calls):
+            return work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host asks for a value in the middle of it")
         result = func(*args, **kwargs)
+        if not all(isinstance(value, torch.Tensor | None) for value in tree_leaves(result)):
+            raise RuntimeError(f"the host asks for a value in the middle of it ({func})")
         if func._schema.is_mutable:
             self._calls.append(_quietly(func, args, kwargs))
             return result
@@ -109,15 +104,12 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """Records for `DecodeGraphs`."""
 
-    def __init__(self, native: Native) -> None:
+    def __init__(self) -> None:
         self._arena = Arena()
-        self._native = native
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
-        tape = Tape(self._arena, self._native)
-        with tape:
-            result = work()
-        return Recording(tape.replay, result)
+        tape = Tape(self._arena)
+        return Recording(tape.replay, tape.record(work))
 
 
 def _storage(tensor: torch.Tensor) -> int:

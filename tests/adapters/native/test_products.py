@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,27 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.kernels import DenseKernel, FusedKernel
-from loramux_adapters.native import build, products
-from loramux_adapters.native.library import Native, _openmp
+from loramux_adapters.native import products
+from loramux_adapters.native.library import Native
 from loramux_adapters.native.products import CodesKernel, multiplies, probe, scales_of
 from loramux_adapters.nf4 import NF4Weight
 
 
-@pytest.fixture(scope="session", params=["tiles", "vectors", "avx2"])
-def multiplying(
-    request: pytest.FixtureRequest, native: Native, tmp_path_factory: pytest.TempPathFactory
-) -> Native:
-    """The kernels with each way to multiply that runs here; AVX2 is what most processors have."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "avx2":
-            if "avx2" not in Path("/proc/cpuinfo").read_text():
-                pytest.skip("this processor has no AVX2")
-            patch.setattr(build, "_native", lambda: "-march=haswell")
-        library = build.load(tmp_path_factory.getbasetemp() / "kernels")
-    way = "tiles" if request.param == "tiles" else "vectors"
-    kernels = Native(library, _openmp(), tiles=way == "tiles")
-    if kernels.products != way:
-        pytest.skip(f"this processor has no {way}")
+@pytest.fixture(scope="session", params=["tiles", "vectors"])
+def multiplying(request: pytest.FixtureRequest, native: Native) -> Native:
+    """The kernels with each way to multiply that runs here."""
+    kernels = Native(native.library, native.openmp, tiles=request.param == "tiles")
+    if kernels.products != request.param:
+        pytest.skip(f"these have no products by {request.param}")
     return kernels
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.native import row_adapters
-from loramux_adapters.native.library import Native
+from loramux_adapters.native.library import Native, Tiles
 from loramux_adapters.native.row_adapters import RowAdapters, probe, tiles_of
 from loramux_adapters.residency import Slot
 
@@ -49,6 +49,23 @@ def test_each_row_is_multiplied_with_its_own(native: Native, rows: list[str | No
         assert float((result[number].double() - exact).norm() / exact.norm()) < 5e-3
         alone = added(native, x[number : number + 1], y[number : number + 1], [name])
         assert torch.equal(alone[0], result[number])
+
+
+@pytest.mark.parametrize("rows", [["b"] * 7 + ["a"], [None, None], ["c", None, "d", "d"]])
+def test_a_table_with_room_left(native: Native, rows: list[str | None]) -> None:
+    """What a recorded step reads: as many tiles as there are rows, the last ones of none."""
+    x, y = random(len(rows), IN, seed=5), random(len(rows), OUT, seed=6)
+    found = tiles_of(rows, SLOTS)
+    tiles = torch.zeros(len(rows), 4, dtype=torch.int32)
+    tiles[: found.count] = found.tiles
+    order = torch.full((len(rows),), 10**6, dtype=torch.int32)
+    order[: len(found.rows)] = found.rows
+    adapters = RowAdapters(native, {"q": (A, B)})
+    adapters.select_tiles(Tiles(tiles, order), len(rows), {"q"})
+    result = y.clone()
+    adapters.add("q", x, result)
+    assert torch.equal(result, added(native, x, y, rows))
+    assert adapters.names == {"q"}
 
 
 def test_columns_of_a_wider_product(native: Native) -> None:
