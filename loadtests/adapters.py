@@ -59,13 +59,13 @@ def read_geometry(model: Path) -> BaseGeometry:
     return BaseGeometry(name=model.name, identity="", linear_shapes=shapes)
 
 
-def write_adapters(model: Path, directory: Path, count: int = COUNT) -> list[BenchAdapter]:
-    """Write `bench-0`, `bench-1`, ... for the base in `model`, each with its own seed."""
+def write_adapters(model: Path, directory: Path, count: int = COUNT, first: int = 0) -> list[BenchAdapter]:
+    """Write `bench-<first>` and those after it for the base in `model`, each with its own seed."""
     geometry = read_geometry(model)
     leaves = tuple({name.rpartition(".")[2] for name in geometry.linear_shapes})
     spec = AdapterSpec(r=RANK, lora_alpha=RANK, target_modules=leaves)
     written = []
-    for index in range(count):
+    for index in range(first, first + count):
         name = f"bench-{index}"
         weights = LoraWeights(spec, random_tensors(geometry.linear_shapes, RANK, seed=index + 1))
         weights.write(directory / name)

@@ -24,12 +24,13 @@ from loadtests.bench import Bench
 from loadtests.contestants import Contestant
 from loadtests.peers import PeerProcess
 from loadtests.peers.checkpoint import write_served_base
+from loadtests.peers.churn import churn
 from loadtests.peers.http_peer import HttpPeer
 from loadtests.peers.servers import KINDS, PeerServer, Room, ServerKind
 from loadtests.report import print_result, save, write_json
-from loadtests.scenarios import OURS, OURS_BASE, SCENARIOS, Goal, Scenario
+from loadtests.scenarios import OURS, OURS_BASE, SCENARIOS, Goal, Scenario, zipf_draws
 
-_EACH = "peft-set-adapter"
+_EACH, _CHURN = "peft-set-adapter", "churn"
 # Which scenarios, and what we want to reach, on two cores with the embedded model.
 GOALS: Mapping[str, tuple[Goal, ...]] = {
     "single": (Goal(OURS, 1.0, over="llama.cpp"),),
@@ -46,7 +47,41 @@ GOALS: Mapping[str, tuple[Goal, ...]] = {
     ),
     "prefill": (Goal(OURS, 7, over="llama.cpp"),),
     "long-prompts": (),
+    "zipf": (),
+    "shared-prefix": (),
+    _CHURN: (),
 }
+_DRAWN = 64
+# Those that bench.py has not, or has only for loramux.
+_OWN = {
+    "zipf": Scenario(
+        "zipf",
+        f"{_DRAWN} streams whose adapters are drawn by Zipf's law from 1,000 (r16, all linears); servers have those drawn",
+        streams=_DRAWN,
+        adapters=len(set(zipf_draws(_DRAWN, 1000))),
+        new_tokens=32,
+        drawn_from=1000,
+        peers=(_EACH,),
+    ),
+    "shared-prefix": Scenario(
+        "shared-prefix",
+        "8 streams whose prompts begin with the same 1,024 tokens, which are in the prefix cache; counts prompt tokens",
+        streams=8,
+        prompt_tokens=1024 + 15,  # what is not shared is less than a block of the cache
+        new_tokens=16,
+        figure="prompt",
+        shared_tokens=1024,
+        peers=("transformers",),
+    ),
+    _CHURN: Scenario(
+        _CHURN,
+        "8 new adapters a round, one after the other: loaded, asked once, unloaded (r16, all linears)",
+        streams=8,
+        prompt_tokens=32,
+        new_tokens=8,
+    ),
+}
+KNOWN: Mapping[str, Scenario] = {name: _OWN.get(name) or SCENARIOS[name] for name in GOALS}
 
 
 class PeerBench(Bench):
@@ -80,12 +115,16 @@ class PeerBench(Bench):
             for kind in self._kinds
         ]
 
+    def keep(self, process: PeerProcess) -> PeerProcess:
+        """Until the benchmark ends."""
+        return self._server.enter_context(process)
+
 
 def chosen_scenarios(options: argparse.Namespace) -> list[Scenario]:
     if unknown := [name for name in options.scenarios if name not in GOALS]:
         raise BenchError(f"{unknown[0]} is no scenario here; choose from {', '.join(GOALS)}")
     return [
-        replace(SCENARIOS[name], name=f"peers-{name}", goals=GOALS[name]).resized(
+        replace(KNOWN[name], name=f"peers-{name}", goals=GOALS[name]).resized(
             options.streams, options.prompt_tokens, options.new_tokens
         )
         for name in options.scenarios or GOALS
@@ -127,7 +166,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
         peers.loras = bench.loras_for(scenarios)
         try:
             for scenario in scenarios:
-                results.append(peers.run(scenario))
+                measure = churn if scenario.name == f"peers-{_CHURN}" else PeerBench.run
+                results.append(measure(peers, scenario))
                 print_result(results[-1], console)
                 if options.save:
                     console.print(f"  saved {save(results[-1])}")
@@ -141,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.list:
         for name in GOALS:
-            print(f"{name:16}{SCENARIOS[name].summary}")
+            print(f"{name:16}{KNOWN[name].summary}")
         return 0
     try:
         run(options, Console(width=None if sys.stdout.isatty() else bench.PLAIN_WIDTH))

@@ -25,11 +25,12 @@ _TIMEOUT = httpx.Timeout(1800, connect=10)
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a round. `adapter` None is the base."""
+    """One request of a round. `adapter` None is the base. With a `salt` it shares a prefix cache with others of the same."""
 
     prompt: list[int]
     adapter: str | None
     new_tokens: int
+    salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def run_load(
 
     `token_names` asks for each token's name, which costs time; `extra` are more fields of every body, and `own` those of
     each (servers other than ours need them). With `n` in `extra` a stream carries so many answers. Rounds repeat their
-    prompts, so nothing comes from the server's prefix cache unless `extra` has a `cache_salt`.
+    prompts, so nothing comes from the server's prefix cache unless a request has a `salt`, or `extra` a `cache_salt`.
     """
     fields: dict[str, Any] = {"logprobs": 0} if token_names else {}
     fields |= extra or {}
@@ -135,7 +136,7 @@ def body_of(base: str, request: Request, extra: Mapping[str, Any]) -> dict[str, 
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "cache_salt": uuid4().hex,
+        "cache_salt": request.salt or uuid4().hex,
         **extra,
     }
 

@@ -5,6 +5,7 @@ A scenario is only a description; bench.py runs it. Goals are printed beside the
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -55,6 +56,14 @@ class Goal:
         return value <= self.bound if self.at_most else value >= self.bound
 
 
+def zipf_draws(count: int, adapters: int) -> list[int]:
+    """`count` draws by Zipf's law, each as the place of what was drawn among all that were, in order of appearance."""
+    weights = [1 / (rank + 1) for rank in range(adapters)]
+    drawn = random.Random(0).choices(range(adapters), weights, k=count)
+    places = {one: place for place, one in enumerate(dict.fromkeys(drawn))}
+    return [places[one] for one in drawn]
+
+
 @dataclass(frozen=True)
 class Scenario:
     """`figure` says which tokens the rate counts. `base_too` also runs the same prompts on the base alone."""
@@ -70,6 +79,10 @@ class Scenario:
     peers: tuple[str, ...] = ()
     goals: tuple[Goal, ...] = ()
     own_server: bool = False  # measured by a function of MEASURES, on a server that it sets up itself
+    shared_tokens: int = 0  # of the prompts, the same in all, and in the prefix cache from the first round on
+    drawn_from: int = (
+        0  # adapters that each request's is drawn from by Zipf's law; `adapters` are those that were
+    )
 
     @property
     def is_start(self) -> bool:
@@ -89,12 +102,16 @@ class Scenario:
         return replace(changed, summary=f"{self.summary}; resized to {sizes}", goals=())
 
     def requests(self, adapters: Sequence[str], encode: Encode) -> list[Request]:
-        """The same in every call; adapters take turns."""
+        """The same in every call; adapters take turns, or are drawn."""
         names: Sequence[str | None] = adapters[: self.adapters] or [None]
+        chosen = zipf_draws(self.streams, self.drawn_from) if self.drawn_from else range(self.streams)
         prompts = make_prompts(encode, self.streams, self.prompt_tokens)
+        salt = "shared" if self.shared_tokens else None
+        for prompt in prompts[1:]:
+            prompt[: self.shared_tokens] = prompts[0][: self.shared_tokens]
         return [
-            Request(prompt, names[index % len(names)], self.new_tokens)
-            for index, prompt in enumerate(prompts)
+            Request(prompt, names[index % len(names)], self.new_tokens, salt)
+            for index, prompt in zip(chosen, prompts, strict=True)
         ]
 
 

@@ -47,7 +47,7 @@ def shared_inputs(model: nn.Module, names: Sequence[str]) -> list[tuple[str, ...
 
 @torch.no_grad()
 def derive_kernels(model: nn.Module, groups: Iterable[Sequence[str]], native: Native | None = None) -> None:
-    """Give the linears of a CPU model their kernels, by group: by matrix tiles if `native` has them, else dense."""
+    """Give the linears of a CPU model their kernels, by group: from their codes if `native` can, else dense."""
     for group in groups:
         linears = [_adaptable(model.get_submodule(name)) for name in group]
         for linear, kernel in zip(linears, _kernels(linears, native), strict=True):

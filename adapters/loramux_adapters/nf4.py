@@ -148,7 +148,7 @@ class NF4Linear(torch.nn.Linear):
     """A linear whose weight is NF4 for good; inputs are rounded to the compute dtype, which outputs have.
 
     `weight` is the packed uint8 parameter (no gradient), so that module walkers and PEFT see a linear of the right
-    features. `kernel`, if set, multiplies instead (`grouping.derive_kernels`): on CPUs matrix tiles or a dense copy, where
+    features. `kernel`, if set, multiplies instead (`grouping.derive_kernels`): on CPUs from the codes or a dense copy, where
     dequantizing per call costs 2-6 times more. Without it every call goes through bitsandbytes' fused 4-bit
     matmul on CUDA once that has proven itself (`cuda_matmul`), but for `few_rows`, where another was faster
     (`nf4_rows.py`), or dequantizes. The backward pass gives the input's gradient only.

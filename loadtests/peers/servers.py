@@ -2,7 +2,8 @@
 
 Promises: both read a 16-bit checkpoint of the very values that the NF4 base is worth, and adapters made from the same
 files by their own tools, so that their answers can be held against the same reference; the same number of threads; no prompt
-is answered from a cache. Options are each server's own defaults where these promises leave a choice.
+is answered from a cache, unless a request has a salt. Options are each server's own defaults where these promises leave a
+choice.
 """
 
 from __future__ import annotations
@@ -147,7 +148,10 @@ def _llama_cpp(
 def _llama_cpp_fields(request: Request, adapters: Sequence[str]) -> dict[str, Any]:
     """Adapters have the numbers of their order. What is not named is not applied, but if none is named, all are."""
     number, scale = (0, 0.0) if request.adapter is None else (adapters.index(request.adapter), 1.0)
-    return {"cache_prompt": False, "lora": [{"id": number, "scale": scale}] if adapters else []}
+    return {
+        "cache_prompt": request.salt is not None,
+        "lora": [{"id": number, "scale": scale}] if adapters else [],
+    }
 
 
 def _ask_llama_cpp(url: str, body: dict[str, Any]) -> tuple[list[int], str]:
@@ -174,6 +178,7 @@ def _vllm(checkpoint: Path, _: Path, adapters: Sequence[BenchAdapter], room: Roo
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_CPU_KVCACHE_SPACE": "4",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "HF_HUB_OFFLINE": "1",
     }
     return Launch(command, environment)

@@ -1,4 +1,4 @@
-"""Decoding over blocks on the CPU: a token at a time in fp32 is the reference, and nobody else's blocks matter."""
+"""Attention over blocks on the CPU: a token at a time in fp32 is the reference, and nobody else's blocks matter."""
 
 from __future__ import annotations
 
@@ -78,6 +78,77 @@ def test_against_the_reference(
     assert torch.equal(alone[0], out[last])
 
 
+@given(
+    sequences=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 80)), min_size=1, max_size=4),
+    group=st.integers(1, 9),
+    kv_heads=st.integers(1, 3),
+    size=st.sampled_from([32, 64, 96, 128]),
+    block_size=st.sampled_from([1, 8, 16, 20, 32]),
+    window=st.sampled_from([None, 1, 7, 40, 500]),
+    softcap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 9),
+)
+def test_prompts_against_the_reference(
+    native: Native,
+    sequences: list[tuple[int, int]],
+    group: int,
+    kv_heads: int,
+    size: int,
+    block_size: int,
+    window: int | None,
+    softcap: float | None,
+    seed: int,
+) -> None:
+    """Each sequence: its rows in this step, and the tokens before them."""
+    shape = AttentionShape(block_size, group * kv_heads, kv_heads, size)
+    kernel = attention_kernels(CPU, torch.bfloat16, shape, native).prefill
+    assert kernel is not None
+    case = Case([count + before for count, before in sequences], shape, seed)
+    counts = [count for count, _ in sequences]
+    before = 2  # rows that decode
+    begins = torch.tensor([before, *counts]).cumsum(0)
+    query = torch.randn(
+        int(begins[-1]), shape.heads, size, generator=torch.Generator().manual_seed(seed)
+    ).bfloat16()
+    rows = Ragged(case.table, begins, case.lengths, max(counts))
+    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "softcap": softcap}
+    out = torch.full_like(query, float("nan"))
+    kernel(query, case.store, rows, out, **options)
+    expected = reference(query, case.store, rows, **options)
+    assert torch.allclose(out[before:].float(), expected, rtol=2e-2, atol=1e-2)
+    assert bool(out[:before].isnan().all()), "rows that are nobody's prompt"
+    # The last sequence in two steps instead of one.
+    count, known = sequences[-1]
+    own = slice(int(begins[-2]), None)
+    cut = count // 2
+    for start, stop in ((0, cut), (cut, count)):
+        if stop > start:
+            part = Ragged(
+                case.table[-1:], torch.tensor([0, stop - start]), torch.tensor([known + stop]), stop - start
+            )
+            found = torch.empty_like(query[own][start:stop])
+            kernel(query[own][start:stop], case.store, part, found, **options)
+            assert torch.equal(found, out[own][start:stop])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing_of_prompts(native: Native, threads: int) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).prefill
+    assert kernel is not None
+    case = Case([90, 33], SHAPE, 2)
+    rows = Ragged(case.table, torch.tensor([0, 80, 100]), case.lengths, 80)
+    query = torch.randn(100, 6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected, out = torch.empty_like(query), torch.empty_like(query)
+    kernel(query, case.store, rows, expected, scale=0.1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kernel(query, case.store, rows, out, scale=0.1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, expected)
+
+
 def test_queries_as_modeling_code_lays_them(native: Native) -> None:
     """Heads before tokens, or columns of a wider product."""
     kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).decode
@@ -143,8 +214,14 @@ def test_where_there_is_no_kernel(
     assert attention_kernels(CPU, torch.bfloat16, AttentionShape(16, 6, 2, 80), native) == none
     monkeypatch.setattr(native, "attend", lambda query, store, table, lengths, out, **_: out.zero_())
     with caplog.at_level(logging.WARNING):
+        found = attention_kernels(CPU, torch.bfloat16, SHAPE, native)
+    assert found.decode is None
+    assert found.prefill is not None
+    assert "decoding reads the gathered KV cache: the CPU kernel is wrong here" in caplog.text
+    monkeypatch.setattr(native, "attend_prompts", lambda query, store, *given, **_: given[-1].zero_())
+    with caplog.at_level(logging.WARNING):
         assert attention_kernels(CPU, torch.bfloat16, SHAPE, native) == none
-    assert "the CPU kernel is wrong here" in caplog.text
+    assert "prompts read the gathered KV cache: the CPU kernel is wrong here" in caplog.text
 
 
 def test_keys_in_another_type_are_not_misread(native: Native) -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux_adapters.native import library
 from loramux_adapters.native.library import Native
+from loramux_adapters.native.recording import recorder
 from loramux_server.engine.tape import Arena, Tape, TapeRecorder
 
 Work = Callable[[torch.Tensor], torch.Tensor]
@@ -113,7 +113,7 @@ def test_kernels_are_called_again(native: Native) -> None:
         return native.gate(other.rms_norm(x + 1, weight, 1e-5, around_one=False), up) * 2
 
     recording = TapeRecorder()(work)
-    assert library._recorder.calls is None
+    assert recorder.calls is None
     x.copy_(random(1, 5, 64, seed=3))
     recording.replay()
     assert torch.equal(recording.result, work())
@@ -130,7 +130,7 @@ def test_what_fails_ends_the_recording() -> None:
     for work in asking:
         with pytest.raises(RuntimeError, match="the host asks for a value"):
             TapeRecorder()(work)
-    assert library._recorder.calls is None
+    assert recorder.calls is None
     assert float(x[0].item()) == float(x[0])
 
 

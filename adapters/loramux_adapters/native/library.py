@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +18,9 @@ import torch
 
 from loramux_adapters.native import build
 from loramux_adapters.native.build import CannotBuild
+from loramux_adapters.native.recording import recorder
 
 logger = logging.getLogger(__name__)
-
-Call = Callable[[], int | None]  # other than 0 or None: there was no memory
 
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -40,27 +37,8 @@ _SIGNATURES = {
     "loramux_vectors": (_INT, []),
     "loramux_vector_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
     "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
+    "loramux_attend_prompts": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 5 + [_LONG] * 8 + [_FLOAT] * 2),
 }
-
-
-class _Recorder(threading.local):
-    calls: list[Call] | None = None
-
-
-_recorder = _Recorder()
-
-
-@contextmanager
-def recorded(calls: list[Call]) -> Iterator[None]:
-    """Within, this thread's calls of kernels are done and appended, to be repeated while their tensors' memory is there.
-
-    Of any `Native`: modeling code may call the kernels of a base that was loaded after its own.
-    """
-    _recorder.calls = calls
-    try:
-        yield
-    finally:
-        _recorder.calls = None
 
 
 def load_native(directory: Path) -> Native | None:
@@ -135,11 +113,12 @@ class Native:
         self._gate = library.loramux_gate
         self._lora = library.loramux_lora
         self._attend = library.loramux_attend
+        self._attend_prompts = library.loramux_attend_prompts
         self._write = library.loramux_write
 
     def _call(self, function: Callable[..., int | None], *arguments: object) -> int | None:
-        if _recorder.calls is not None:
-            _recorder.calls.append(partial(function, *arguments))
+        if recorder.calls is not None:
+            recorder.calls.append(partial(function, *arguments))
         return function(*arguments)
 
     def product(self, *arguments: object) -> int | None:
@@ -246,6 +225,48 @@ class Native:
             lengths.data_ptr(),
             lengths.shape[0],
             table.shape[1],
+            query.shape[1],
+            kv_heads,
+            size,
+            block_size,
+            window or 0,
+            scale,
+            softcap or 0.0,
+        )
+        if failed:
+            raise MemoryError("no memory for attention's scores")
+
+    def attend_prompts(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        begins: torch.Tensor,
+        lengths: torch.Tensor,
+        longest: int,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Rows of prompts: sequence i has rows begins[i] up to begins[i + 1], `longest` at most; else as `attend`.
+
+        begins `[n + 1]` int64; the last row of a sequence sees lengths[i] tokens, the one before it one less.
+        """
+        _, block_size, _, kv_heads, size = cache.shape
+        failed = self._call(
+            self._attend_prompts,
+            query.data_ptr(),
+            query.stride(0),
+            cache.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            begins.data_ptr(),
+            lengths.data_ptr(),
+            lengths.shape[0],
+            table.shape[1],
+            longest,
             query.shape[1],
             kv_heads,
             size,

@@ -68,7 +68,7 @@ def _serving(plan: Plan) -> Iterator[str]:
     yield "Serving"
     kept = "NF4 and 16-bit embeddings and head" if options.quantization == "nf4" else "not quantized"
     if plan.device == "cpu":
-        kept += ", and the dense copy that CPUs without matrix tiles multiply"
+        kept += ", and the dense copy that CPUs without compiled kernels multiply"
     length, count = options.max_model_len, options.max_num_seqs
     ranks = slot_rows(options, plan.device)
     rows = [

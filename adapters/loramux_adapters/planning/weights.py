@@ -36,7 +36,7 @@ def resident_bytes(model: ModelShape, item: int, quantization: Quantization) -> 
 
 
 def copied_bytes(model: ModelShape, item: int, device: Device, quantization: Quantization) -> int:
-    """The most a CPU takes: a dense copy of NF4 weights, which it multiplies if it has no matrix tiles.
+    """The most a CPU takes: a dense copy of NF4 weights, which it multiplies where no compiled kernel does.
 
     16-bit weights, the head included, are multiplied reordered. In fp32 what is dense already is multiplied as it is.
     """

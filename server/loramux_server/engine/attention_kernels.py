@@ -1,7 +1,7 @@
 """Whether attention runs by a kernel of ours: it must exist, run and be right on the device, or the reason is logged.
 
 `attention_kernels` gives a kernel only where it has just agreed with `reference`, in the cache's own dtype and head size:
-on CUDA the Triton kernel, on CPUs the compiled one where there is one, for decoding. On CUDA prompts, for which torch has
+on CUDA the Triton kernel, on CPUs the compiled ones where there are any. On CUDA prompts, for which torch has
 good kernels of its own, use it only if it was also faster than those on a chunk of each kind. Everywhere else keys and
 values are gathered (`gathered_attention.py`). Triton is imported here at the earliest, and only for CUDA; it compiles at
 run time, which needs a C compiler, and keeps what it compiled.
@@ -101,31 +101,43 @@ def _on_cpu(
     if dtype != torch.bfloat16 or shape.head_dim % 32:
         return AttentionKernels()
 
-    def kernel(
-        query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
-    ) -> None:
+    def checked(query: torch.Tensor, store: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if out.dtype != torch.bfloat16:
             raise RuntimeError(f"attention in {out.dtype} over a cache in bf16")
-        if out.shape[1:] != (shape.heads, shape.head_dim) or store.shape[3:] != (
-            shape.kv_heads,
-            shape.head_dim,
-        ):
+        sizes = (shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)
+        if (out.shape[1:], store.shape[3:]) != sizes:
             raise RuntimeError(
                 f"attention of {tuple(out.shape[1:])} over a cache of {tuple(store.shape[3:])}"
             )
-        if query.stride()[1:] != (query.shape[2], 1):  # modeling code may lay heads before tokens
-            query = query.contiguous()
+        # modeling code may lay heads before tokens
+        return query if query.stride()[1:] == (query.shape[2], 1) else query.contiguous()
+
+    def decode(
+        query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
+    ) -> None:
+        query = checked(query, store, out)
         native.attend(query, store, rows.block_table, rows.lengths, out, **options)
 
-    distance = probe(kernel, device, dtype, shape, DECODING)
-    if not distance <= _BOUND[dtype]:
-        logger.warning(
-            "%s the gathered KV cache: the CPU kernel is wrong here (relative error %.3g)",
-            _DECODING,
-            distance,
+    def prefill(
+        query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
+    ) -> None:
+        query = checked(query, store, out)
+        native.attend_prompts(
+            query, store, rows.block_table, rows.begins, rows.lengths, rows.most, out, **options
         )
-        return AttentionKernels()
-    return AttentionKernels(decode=kernel)
+
+    def is_right(what: str, kernel: AttentionKernel, sequences: Sequences) -> bool:
+        distance = probe(kernel, device, dtype, shape, sequences)
+        if not distance <= _BOUND[dtype]:
+            logger.warning(
+                "%s the gathered KV cache: the CPU kernel is wrong here (relative error %.3g)", what, distance
+            )
+        return distance <= _BOUND[dtype]
+
+    return AttentionKernels(
+        decode if is_right(_DECODING, decode, DECODING) else None,
+        prefill if is_right(_PROMPTS, prefill, PROMPTS) else None,
+    )
 
 
 # Of each sequence: its rows, and how many blocks the tokens fill that its last row sees.

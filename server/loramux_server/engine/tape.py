@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from loramux_adapters.native.library import Call, recorded
+from loramux_adapters.native.recording import Call, recorded
 from loramux_adapters.residency import RowPool
 from loramux_server.engine.decode_graphs import Recording
 
