@@ -102,10 +102,18 @@ def train(case: Case) -> Trained:
 
     from loramux_adapters.training.recipe import Recipe
     from loramux_adapters.training.run import TrainingRun
+    from loramux_server.base.demo import default_cache_dir
     from loramux_server.base.loading import LoadOptions, load_base
 
     torch.set_num_threads(case.threads)
-    base = load_base(LoadOptions(model=case.model, name="base", quantization=METHODS[case.method]))
+    base = load_base(
+        LoadOptions(
+            model=case.model,
+            name="base",
+            quantization=METHODS[case.method],
+            cpu_kernels=default_cache_dir().absolute() / "kernels",
+        )
+    )
     rows = build(case.task)[: case.rows]
     with tempfile.TemporaryDirectory() as directory:
         parts = {

@@ -85,10 +85,13 @@ def ours(case: Case) -> Run:
     from loramux_adapters.training.samples import Sample
     from loramux_adapters.training.trainer import Trainer
     from loramux_adapters.twin import twin_of
+    from loramux_server.base.demo import default_cache_dir
     from loramux_server.base.loading import LoadOptions, load_base
 
     torch.set_num_threads(case.threads)
-    base = load_base(LoadOptions(model=case.model, name="base"))
+    base = load_base(
+        LoadOptions(model=case.model, name="base", cpu_kernels=default_cache_dir().absolute() / "kernels")
+    )
     data = [Sample(array("i", ids), b"\0" + b"\1" * (len(ids) - 1)) for ids in rows(case)]
     recipe, _ = resolve(Recipe.parse(_fields(case)), training_base(base.model, base.geometry), len(data))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import platform
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -36,6 +37,30 @@ def prepacking_available() -> bool:
         return bool(torch.allclose(y.float(), F.linear(x, weight).float(), rtol=2e-2, atol=2e-1))
     except (RuntimeError, AttributeError, TypeError):
         return False
+
+
+@cache
+def bf16_is_slow() -> bool:
+    """Whether torch multiplies bf16 on this CPU without instructions for it, at a tenth of its rate in fp32."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+_WIDENED = 2**22  # weights at a time: 16 MiB
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`grad @ weight` of grad `[..., N]` and weight `[N, K]`, in fp32 where that is the faster way to multiply bf16."""
+    if grad.device.type != "cpu" or weight.dtype != torch.bfloat16 or not bf16_is_slow():
+        return grad @ weight
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = torch.zeros(len(flat), weight.shape[1])
+    count = max(1, _WIDENED // weight.shape[1])
+    for begin in range(0, len(weight), count):
+        part = slice(begin, begin + count)
+        out.addmm_(flat[:, part].float(), weight[part].float())
+    return out.view(*grad.shape[:-1], -1)
 
 
 def zeros_on_demand(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -190,4 +215,4 @@ class _FrozenMatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return (grad @ ctx.layer.weight).to(ctx.dtype), None
+        return input_gradient(grad, ctx.layer.weight).to(ctx.dtype), None

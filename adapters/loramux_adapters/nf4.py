@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_adapters.errors import BaseModelError
-from loramux_adapters.kernels import FusedPart, Product
+from loramux_adapters.kernels import FusedPart, Product, input_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ class _NF4MatMul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grads
-        return (grad @ ctx.layer.backward_weight(grad.dtype)).to(ctx.dtype), None
+        return input_gradient(grad, ctx.layer.backward_weight(grad.dtype)).to(ctx.dtype), None
 
 
 @contextmanager

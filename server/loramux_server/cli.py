@@ -62,14 +62,21 @@ def _base_to_verify(
     from transformers import AutoTokenizer
 
     from loramux_adapters.cli_verify import VerifyBase
-    from loramux_server.base.demo import DEMO_MODEL_ID, ensure_demo_model
+    from loramux_server.base.demo import DEMO_MODEL_ID, default_cache_dir, ensure_demo_model
     from loramux_server.base.loading import LoadOptions, load_base
 
     is_demo = model == "demo"
     source = str(ensure_demo_model()) if is_demo else model
     name = DEMO_MODEL_ID if is_demo else model.rstrip("/")
     base = load_base(
-        LoadOptions(model=source, name=name, device=device, dtype=dtype, quantization=quantization)
+        LoadOptions(
+            model=source,
+            name=name,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            cpu_kernels=default_cache_dir().absolute() / "kernels",
+        )
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

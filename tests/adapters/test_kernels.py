@@ -160,3 +160,24 @@ def test_zeros_on_demand_costs_what_is_written() -> None:
     pool = zeros_on_demand((1024, 256 * 1024), torch.float32, torch.device("cpu"))  # 1 GiB
     pool[:4].fill_(1)
     assert resident_bytes() - before < 64 * 2**20
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_gradients_where_bf16_is_slow(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "bf16_is_slow", lambda: slow)
+    monkeypatch.setattr(kernels, "_WIDENED", 3 * 96)  # weights in several parts, the last one not whole
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator).bfloat16()
+    grad = torch.randn(2, 5, 64, generator=generator).bfloat16()
+    exact = grad.double() @ weight.double()
+    found = kernels.input_gradient(grad, weight)
+    assert found.shape == (2, 5, 96)
+    assert found.dtype == (torch.float32 if slow else torch.bfloat16)
+    assert float((found.double() - exact).norm() / exact.norm()) < (1e-5 if slow else 5e-3)
+    assert kernels.input_gradient(grad.float(), weight.float()).dtype == torch.float32
+
+
+def test_whether_bf16_is_slow_is_known() -> None:
+    assert isinstance(kernels.bf16_is_slow(), bool)
+    if torch.cpu._is_amx_tile_supported():
+        assert not kernels.bf16_is_slow()

@@ -16,11 +16,12 @@ import pytest
 
 from loadtests import BenchError, bench_peers, export_readers
 from loadtests.adapters import BenchAdapter
-from loadtests.client import Request
+from loadtests.client import Request, body_of
 from loadtests.parity import Tokens, summarize
 from loadtests.peers import servers
 from loadtests.peers.http_peer import HttpPeer
 from loadtests.peers.servers import LLAMA_CPP, VLLM, Launch, PeerServer, Room, ServerKind
+from loadtests.scenarios import zipf_draws
 
 ADAPTERS = [BenchAdapter(f"bench-{number}", Path(f"/adapters/{number}"), "aa") for number in range(2)]
 REQUESTS = [Request([1, 2, 3], "bench-1", 2), Request([4], None, 2)]
@@ -99,6 +100,34 @@ def test_llama_cpp_is_told_which_adapter_by_number(scripted: str) -> None:
         assert body["cache_prompt"] is False
         assert body["return_tokens"] is True
         assert body["n_predict"] == 2
+
+
+def test_a_shared_prefix_is_cached_and_nothing_else_is() -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    shared = bench_peers.KNOWN["shared-prefix"].requests([], encode)
+    prompts = [request.prompt for request in shared]
+    assert {len(prompt) for prompt in prompts} == {1039}
+    assert len({tuple(prompt[:1024]) for prompt in prompts}) == 1
+    assert len({tuple(prompt) for prompt in prompts}) == 8
+    assert {body_of("base", request, {})["cache_salt"] for request in shared} == {"shared"}
+    assert all(LLAMA_CPP.fields(request, [])["cache_prompt"] for request in shared)
+    other = bench_peers.KNOWN["prefill"].requests([], encode)
+    assert len({body_of("base", request, {})["cache_salt"] for request in other}) == len(other)
+
+
+def test_adapters_are_drawn_by_zipfs_law() -> None:
+    places = zipf_draws(5000, 1000)
+    assert places == zipf_draws(5000, 1000)
+    assert set(places) == set(range(max(places) + 1)), "places among those that were drawn"
+    counts = sorted((places.count(place) for place in set(places)), reverse=True)
+    assert 1.4 < counts[0] / counts[1] < 2.8, "the first is asked for twice as often as the second"
+    scenario = bench_peers.KNOWN["zipf"]
+    names = [f"bench-{number}" for number in range(scenario.adapters)]
+    asked = [request.adapter for request in scenario.requests(names, lambda text: [1] * len(text))]
+    assert set(asked) == set(names)
+    assert len(asked) == scenario.streams > scenario.adapters
 
 
 def test_how_the_servers_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,8 @@ def test_auto_is_what_the_cpu_computes_in(
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert pick_dtype("auto", torch.device("cpu")) is dtype
+    assert pick_dtype("auto", torch.device("cpu"), "vectors") is torch.bfloat16
+    assert pick_dtype("fp32", torch.device("cpu"), "vectors") is torch.float32
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

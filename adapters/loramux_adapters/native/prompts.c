@@ -9,7 +9,7 @@
 #include "common.h"
 
 #define TOKENS (2 * LANES) /* at a time */
-#define ROWS 64            /* of queries at a time, at most */
+#define ROWS 96            /* of queries at a time, at most */
 #define SOME 6             /* rows whose sums are in registers */
 #define NEVER -1e30f       /* a score that no row has */
 

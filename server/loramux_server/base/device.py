@@ -18,8 +18,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype. On CPUs without bf16 arithmetic, fp32 is several times faster than bf16."""
+def pick_dtype(name: str, device: torch.device, products: str | None = None) -> torch.dtype:
+    """The compute dtype. On CPUs without bf16 arithmetic fp32 is faster, unless compiled kernels have `products`."""
     known = {
         "bfloat16": torch.bfloat16,
         "bf16": torch.bfloat16,
@@ -33,7 +33,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        fast = products is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
     if name not in known:
         raise BaseModelError(f"--dtype {name}: choose auto, bfloat16, float16 or float32", param="dtype")
     if known[name] == torch.float16 and device.type == "cpu":

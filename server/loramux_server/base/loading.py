@@ -85,7 +85,8 @@ class ResidentBase:
 def load_base(options: LoadOptions) -> ResidentBase:
     """Read, quantize and check a base. Raises BaseModelError with one sentence for whatever is wrong with it."""
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
+    native = _kernels(options, device)
+    dtype = pick_dtype(options.dtype, device, native.products if native else None)
     config = _read_config(options)
     prequantized = is_nf4_checkpoint(config, options.model, options.quantization)
     quantize = options.quantization == "nf4" and not prequantized
@@ -96,10 +97,17 @@ def load_base(options: LoadOptions) -> ResidentBase:
             return base
     model = _read_weights(options, config, device, quantize=quantize)
     written = copy.write(model) if copy is not None else None
-    base = _resident(model, options, device, dtype)
+    base = _resident(model, options, device, dtype, native if dtype == torch.bfloat16 else None)
     if copy is not None and written is not None:
         copy.publish(written, base.geometry.identity)
     return base
+
+
+def _kernels(options: LoadOptions, device: torch.device) -> Native | None:
+    """The CPU's, which compute in bf16, unless another type is asked for."""
+    other = options.dtype != "auto" and pick_dtype(options.dtype, device) != torch.bfloat16
+    directory = options.cpu_kernels if device.type == "cpu" and not other else None
+    return None if directory is None else load_native(directory)
 
 
 def _from_copy(copy: QuantizedCopy, options: LoadOptions) -> ResidentBase | None:
@@ -121,15 +129,16 @@ def _from_copy(copy: QuantizedCopy, options: LoadOptions) -> ResidentBase | None
 
 
 def _resident(
-    model: PreTrainedModel, options: LoadOptions, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    options: LoadOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    native: Native | None,
 ) -> ResidentBase:
     shapes = _swap_linears(model, dtype)
     model.requires_grad_(False)
     model.eval()
     _cast_remaining(model, dtype)
-    native = None
-    if options.cpu_kernels is not None and device.type == "cpu" and dtype == torch.bfloat16:
-        native = load_native(options.cpu_kernels)
     _prepare_head(model, native)
     groups = shared_inputs(model, list(shapes))
     if device.type == "cpu":
@@ -138,14 +147,13 @@ def _resident(
         put_behind(model, native)
     choose_few_rows(model, dtype)
     identity = base_identity(_canonical_linears(model))
-    text_config = model.config.get_text_config()
     return ResidentBase(
         model=model,
         geometry=BaseGeometry(name=options.name, identity=identity, linear_shapes=shapes),
         device=device,
         dtype=dtype,
         quantization="nf4" if any(isinstance(m, NF4Linear) for m in model.modules()) else "none",
-        max_position=context_length(text_config),
+        max_position=context_length(model.config.get_text_config()),
         eos_token_ids=_end_tokens(model),
         weight_bytes=_resident_bytes(model),
         input_groups=groups,

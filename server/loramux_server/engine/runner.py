@@ -7,7 +7,7 @@ transformers', unmodified. The step's tensors are built on the CPU and moved onc
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,7 +22,7 @@ from loramux_server.engine.paged_batch import Chunk, PagedBatch
 from loramux_server.engine.recorded_adapters import recorded_adapters
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
-from loramux_server.engine.tape import TapeRecorder
+from loramux_server.engine.tape import MOST_ROWS, TapeRecorder
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:
@@ -77,7 +77,8 @@ class ModelRunner:
             if base.device.type == "cuda":
                 self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
             elif base.native is not None and bank.pool.by_rows is not None:
-                self.graphs = self.decode_graphs(graph_limits, TapeRecorder())
+                limits = replace(graph_limits, rows=min(graph_limits.rows, MOST_ROWS))
+                self.graphs = self.decode_graphs(limits, TapeRecorder())
 
     def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
         return DecodeGraphs(

@@ -27,7 +27,8 @@ from loramux_adapters.residency import RowPool
 from loramux_server.engine.decode_graphs import Recording
 
 _UNIT = 64  # bytes; what vectors like to begin at
-_RESERVED = 4 << 30  # of address space: the system gives memory where something is written
+_RESERVED = 1 << 30  # of address space: the system gives memory where something is written
+MOST_ROWS = 64  # with more, arithmetic takes so long that the Python beside it does not matter
 
 # Operators that give memory and leave in it what was there.
 _EMPTY = frozenset(

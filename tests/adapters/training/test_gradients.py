@@ -15,7 +15,7 @@ from tests.adapters.training.support import load_tiny, make_trainer, random_samp
 from tests.conftest import TINY_CONFIGS
 
 FP32_BOUND = 1e-4  # relative, of the worst tensor
-BF16_BOUND = 0.06  # both sides round every product to 8 bits; PEFT multiplies the factors in fp32, we in bf16
+BF16_BOUND = 0.07  # both sides round, ours not every product; PEFT multiplies the factors in fp32, we in bf16
 
 
 def gradients_of_step(trainer: Trainer) -> tuple[dict[str, torch.Tensor], Any]:
