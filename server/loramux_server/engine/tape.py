@@ -6,7 +6,7 @@ and replays them in order on the same memory. What CUDA graphs are for a GPU.
 
 Memory: whatever is computed while a tape is recorded lies in an arena, and where a tensor has ended the next one may lie, as
 when the step ran; replays repeat the order, so they repeat the reuse. All tapes share an arena: one runs at a time.
-Promises: a value that the host asks for (`.item()`) raises RuntimeError, since what follows might depend on it. Not seen are
+Promises: a value that the host asks for (`.item()`), or a shape that depends on values, raises RuntimeError. Not seen are
 operators' results that modeling code keeps from one step to the next; `decode_graphs.py` therefore runs each step once
 before it is recorded, and proves each tape on other inputs.
 """
@@ -34,6 +34,10 @@ MOST_ROWS = 64  # with more, arithmetic takes so long that the Python beside it 
 _EMPTY = frozenset(
     ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 )
+
+# Operators made of others that have shapes by value, and the tag that says so.
+_aten = torch.ops.aten
+_UNTAGGED = frozenset((_aten.where.default, _aten.nonzero_numpy.default, _aten.argwhere.default))
 
 
 class Arena:
@@ -74,8 +78,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not all(isinstance(value, torch.Tensor | None) for value in tree_leaves(result)):
-            raise RuntimeError(f"the host asks for a value in the middle of it ({func})")
+        if _depends_on_values(func, args, result):
+            raise RuntimeError(f"what follows depends on values ({func})")
         if func._schema.is_mutable:
             self._calls.append(_quietly(func, args, kwargs))
             return result
@@ -111,6 +115,15 @@ class TapeRecorder:
     def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
         tape = Tape(self._arena)
         return Recording(tape.replay, tape.record(work))
+
+
+def _depends_on_values(func: Any, args: Any, result: Any) -> bool:
+    """Whether the result is the host's, or its shape is not the same for all tensors of these shapes."""
+    if not all(isinstance(value, torch.Tensor | None) for value in tree_leaves(result)):
+        return True
+    if func is _aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return func in _UNTAGGED or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _storage(tensor: torch.Tensor) -> int:
