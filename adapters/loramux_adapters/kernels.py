@@ -47,19 +47,26 @@ def bf16_is_slow() -> bool:
     return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-_WIDENED = 2**22  # weights at a time: 16 MiB
+_WIDENED_ROWS, _WIDENED = 256, 2**17  # of gradients, and weights, at a time
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`grad @ weight` of grad `[..., N]` and weight `[N, K]`, in fp32 where that is the faster way to multiply bf16."""
+    """`grad @ weight` of grad `[..., N]` and weight `[N, K]`; where that is faster products of bf16 are made in fp32.
+
+    A part of both at a time is widened, so that it takes no more memory than plans count with.
+    """
     if grad.device.type != "cpu" or weight.dtype != torch.bfloat16 or not bf16_is_slow():
         return grad @ weight
     flat = grad.reshape(-1, grad.shape[-1])
-    out = torch.zeros(len(flat), weight.shape[1])
-    count = max(1, _WIDENED // weight.shape[1])
-    for begin in range(0, len(weight), count):
-        part = slice(begin, begin + count)
-        out.addmm_(flat[:, part].float(), weight[part].float())
+    out = weight.new_empty(len(flat), weight.shape[1])
+    count = max(_WIDENED_ROWS, _WIDENED // weight.shape[1])
+    for first in range(0, len(flat), _WIDENED_ROWS):
+        rows = flat[first : first + _WIDENED_ROWS]
+        sums = torch.zeros(len(rows), weight.shape[1])
+        for begin in range(0, len(weight), count):
+            part = slice(begin, begin + count)
+            sums.addmm_(rows[:, part].float(), weight[part].float())
+        out[first : first + _WIDENED_ROWS] = sums
     return out.view(*grad.shape[:-1], -1)
 
 
