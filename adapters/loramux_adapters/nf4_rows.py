@@ -94,12 +94,17 @@ def _each(product: MatMul, linears: Sequence[NF4Linear], x: torch.Tensor) -> Non
 
 def device_seconds(device: torch.device, work: Callable[[], object]) -> float:
     """The best of a few rounds, after one that compiles."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     work()
     best = float("inf")
     for _ in range(_ROUNDS):
-        torch.cuda.synchronize(device)
+        wait()
         started = time.perf_counter()
         work()
-        torch.cuda.synchronize(device)
+        wait()
         best = min(best, time.perf_counter() - started)
     return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters.native.library import Native
-from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
+from loramux_server.engine import attention_kernels as attention_kernels_module
+from loramux_server.engine.attention_kernels import (
+    AttentionShape,
+    attention_kernels,
+    prefill_time,
+    reference,
+)
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(16, 6, 2, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prompts_are_faster() -> Iterator[None]:
+    """Where torch has matrix tiles time decides whether there is a kernel for prompts; here there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_kernels_module, "prefill_time", lambda *_: [0.5, 0.5])
+        yield
 
 
 class Case:
@@ -224,6 +239,25 @@ def test_where_there_is_no_kernel(
     with caplog.at_level(logging.WARNING):
         assert attention_kernels(CPU, torch.bfloat16, SHAPE, native) == none
     assert "prompts read the gathered KV cache: the CPU kernel is wrong here" in caplog.text
+
+
+@pytest.mark.parametrize(("relative", "used"), [([0.5, 0.9], True), ([0.5, 1.1], False), ([1.0, 0.5], False)])
+def test_prompts_where_torch_has_matrix_tiles(
+    native: Native, relative: list[float], used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "products", "tiles")
+    monkeypatch.setattr(attention_kernels_module, "prefill_time", lambda *_: relative)
+    found = attention_kernels(CPU, torch.bfloat16, SHAPE, native)
+    assert found.decode is not None
+    assert (found.prefill is not None) == used
+
+
+def test_both_forms_are_timed_on_a_cpu(native: Native) -> None:
+    kernel = attention_kernels(CPU, torch.bfloat16, SHAPE, native).prefill
+    assert kernel is not None
+    relative = prefill_time(kernel, CPU, torch.bfloat16, SHAPE, length=32)
+    assert len(relative) == 2
+    assert all(one > 0 for one in relative)
 
 
 def test_keys_in_another_type_are_not_misread(native: Native) -> None:

@@ -1,10 +1,10 @@
 """Whether attention runs by a kernel of ours: it must exist, run and be right on the device, or the reason is logged.
 
 `attention_kernels` gives a kernel only where it has just agreed with `reference`, in the cache's own dtype and head size:
-on CUDA the Triton kernel, on CPUs the compiled ones where there are any. On CUDA prompts, for which torch has
-good kernels of its own, use it only if it was also faster than those on a chunk of each kind. Everywhere else keys and
-values are gathered (`gathered_attention.py`). Triton is imported here at the earliest, and only for CUDA; it compiles at
-run time, which needs a C compiler, and keeps what it compiled.
+on CUDA the Triton kernel, on CPUs the compiled ones where there are any. Prompts, for which torch has good kernels of its
+own on CUDA and on CPUs with matrix tiles, use it there only if it was also faster than those on a chunk of each kind.
+Everywhere else keys and values are gathered (`gathered_attention.py`). Triton is imported here at the earliest, and only
+for CUDA; it compiles at run time, which needs a C compiler, and keeps what it compiled.
 """
 
 from __future__ import annotations
@@ -71,13 +71,7 @@ def attention_kernels(
         )
         return False
 
-    def is_faster() -> bool:
-        relative = prefill_time(paged_attention, device, dtype, shape)
-        said = ", ".join(f"{one:.2f}" for one in relative)
-        logger.info(
-            "prompts attend by the Triton kernel if that is faster: its time over torch's is %s", said
-        )
-        return all(one <= _WORTH for one in relative)
+    is_faster = partial(_is_faster, "Triton", paged_attention, device, dtype, shape)
 
     def holds(what: str, *checks: Callable[[], bool]) -> bool:
         try:
@@ -93,6 +87,15 @@ def attention_kernels(
         paged_attention if decode else None,
         paged_attention if prefill else None,
     )
+
+
+def _is_faster(
+    name: str, kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, shape: AttentionShape
+) -> bool:
+    relative = prefill_time(kernel, device, dtype, shape)
+    said = ", ".join(f"{one:.2f}" for one in relative)
+    logger.info("prompts attend by the %s kernel if that is faster: its time over torch's is %s", name, said)
+    return all(one <= _WORTH for one in relative)
 
 
 def _on_cpu(
@@ -134,9 +137,14 @@ def _on_cpu(
             )
         return distance <= _BOUND[dtype]
 
+    def is_for_prompts() -> bool:
+        """Where torch has matrix tiles its own attention may be faster; without them it is not."""
+        if not is_right(_PROMPTS, prefill, PROMPTS):
+            return False
+        return native.products != "tiles" or _is_faster("CPU", prefill, device, dtype, shape)
+
     return AttentionKernels(
-        decode if is_right(_DECODING, decode, DECODING) else None,
-        prefill if is_right(_PROMPTS, prefill, PROMPTS) else None,
+        decode if is_right(_DECODING, decode, DECODING) else None, prefill if is_for_prompts() else None
     )
 
 
