@@ -2,7 +2,7 @@
 
 Exit codes: 0 planned (whether or not it fits), 1 refused, 2 wrong usage. Standard output carries the plan (with --json one
 JSON object), standard error errors. Nothing heavy is imported until the command runs. Does not know where the demo
-model comes from: the caller says.
+model comes from, nor in which type a base on this machine's CPU computes: the caller says.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _Word = TypeVar("_Word", bound=str)
 
 
-def register(app: typer.Typer, demo: Callable[[], tuple[Path, str]]) -> None:
-    """Add `plan` to an app; `demo` gives the directory of the embedded model and its name."""
-    app.command("plan")(plan_command(demo))
+def register(app: typer.Typer, demo: Callable[[], tuple[Path, str]], cpu_dtype: Callable[[], str]) -> None:
+    """Add `plan` to an app.
+
+    `demo` gives the directory of the embedded model and its name, `cpu_dtype` what `--dtype auto` is on this CPU.
+    """
+    app.command("plan")(plan_command(demo, cpu_dtype))
 
 
-def plan_command(demo: Callable[[], tuple[Path, str]]) -> Callable[..., None]:
+def plan_command(demo: Callable[[], tuple[Path, str]], cpu_dtype: Callable[[], str]) -> Callable[..., None]:
     """The command function, with typer's annotations."""
 
     def plan(
@@ -89,23 +92,20 @@ def plan_command(demo: Callable[[], tuple[Path, str]]) -> Callable[..., None]:
                 gpu_memory_utilization=gpu_memory_utilization,
                 quantization=_one_of("quantization", quantization, _QUANTIZATIONS),
             )
-            made = _plan(
-                model, revision, device, dtype, fields, serving, max_model_len, _bytes(gpu_memory), demo
-            )
+            # What can be wrong without the model is said before it is looked for.
+            recipe = Recipe.parse({name: value for name, value in fields.items() if value is not None})
+            on = _one_of("device", device, _DEVICES)
+            type_ = _type(dtype, on, cpu_dtype)
+            made = _plan(model, revision, on, type_, recipe, serving, max_model_len, _bytes(gpu_memory), demo)
             _print(made, as_json=as_json)
 
     return plan
 
 
 def _plan(
-    model: str, revision: str | None, device: str, dtype: str, fields: dict[str, object], serving: ServingOptions,
+    model: str, revision: str | None, device: Device, dtype: str, recipe: Recipe, serving: ServingOptions,
     max_model_len: int | None, memory: int | None, demo: Callable[[], tuple[Path, str]],
 ) -> Plan:  # fmt: skip
-    """What can be wrong without the model is said before it is looked for."""
-    recipe = Recipe.parse({name: value for name, value in fields.items() if value is not None})
-    on = _one_of("device", device, _DEVICES)
-    named = _one_of("dtype", dtype, ("auto", *_DTYPES))
-
     from loramux_adapters.planning.model import read_model
     from loramux_adapters.planning.plan import make_plan
 
@@ -114,20 +114,18 @@ def _plan(
         read_model(str(source), name, revision=revision),
         recipe,
         serving,
-        device=on,
-        dtype=_auto_dtype(on) if named == "auto" else named,
+        device=device,
+        dtype=dtype,
         max_model_len=max_model_len,
         memory=memory,
     )
 
 
-def _auto_dtype(device: str) -> str:
-    """As a base is loaded: bf16, but on CPUs that do not compute in it."""
-    import torch
-
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "float32"
-    return "bfloat16"
+def _type(dtype: str, device: Device, cpu_dtype: Callable[[], str]) -> str:
+    named = _one_of("dtype", dtype, ("auto", *_DTYPES))
+    if named != "auto":
+        return named
+    return cpu_dtype() if device == "cpu" else "bfloat16"
 
 
 def _one_of(flag: str, given: str, known: tuple[_Word, ...]) -> _Word:

@@ -2,8 +2,8 @@
 
 `fill` writes one adapter into its rows, from any thread, while other rows are in use. `select` cuts out the span of rows
 that holds the active adapters; the cut is kept while they change little, and on CPUs its first product is reordered for
-oneDNN once it has lasted. With compiled kernels most passes need no cut: each row reads the pool. Which rows are whose is
-`residency.py`'s knowledge.
+oneDNN once it has lasted. With compiled kernels no pass needs a cut: each row reads the pool, and its result does not depend
+on who else is in the pass. Which rows are whose is `residency.py`'s knowledge.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ FactorMap = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 # A cut that was made for more adapters than are active now is kept while at least this share of its rows is theirs:
 # masked rows cost arithmetic, a new cut costs a copy of it and, soon, another reordering.
 _KEPT_SHARE = 0.5
-
-# One adapter for all of more rows than this is a plain dense product, which oneDNN does faster than the row kernel.
-_ROWS_OF_ONE = 64
 
 
 @dataclass
@@ -108,7 +105,7 @@ class DevicePool:
         if not slots:
             self.batch.select({}, {}, None)
             return
-        if self.by_rows is not None and (len(slots) > 1 or None in rows or len(rows) <= _ROWS_OF_ONE):
+        if self.by_rows is not None:
             self.by_rows.select(rows, slots, targeted)
             self.batch.select_rows(self.by_rows)
             return

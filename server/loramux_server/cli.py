@@ -91,6 +91,19 @@ def _demo_model() -> tuple[Path, str]:
     return ensure_demo_model(), DEMO_MODEL_ID
 
 
+def _cpu_dtype() -> str:
+    """What `--dtype auto` is when a base is loaded on this machine's CPU."""
+    import torch
+
+    from loramux_adapters.native.library import load_native
+    from loramux_server.base.demo import default_cache_dir
+    from loramux_server.base.device import pick_dtype
+
+    native = load_native(default_cache_dir().absolute() / "kernels")
+    dtype = pick_dtype("auto", torch.device("cpu"), native.products if native else None)
+    return str(dtype).removeprefix("torch.")
+
+
 def _verify(to: typer.Typer) -> None:
     from loramux_adapters import cli_verify
 
@@ -106,7 +119,7 @@ def _train(to: typer.Typer) -> None:
 def _plan(to: typer.Typer) -> None:
     from loramux_adapters import cli_plan
 
-    cli_plan.register(to, _demo_model)
+    cli_plan.register(to, _demo_model, _cpu_dtype)
 
 
 def _export(to: typer.Typer) -> None:

@@ -126,6 +126,15 @@ def test_the_list_says_of_a_command_what_it_says_itself(loramux: Any, name: str)
     assert listed.hidden == (name == "merge")
 
 
+def test_a_plan_has_the_type_that_a_base_is_loaded_in(
+    loramux: Any, tiny_model: Callable[[str], Path]
+) -> None:
+    model = tiny_model("llama")
+    plan = loramux("plan", "--model", str(model), "--device", "cpu")
+    loaded = cli._base_to_verify(str(model), "cpu", "auto").model.dtype
+    assert f"{str(loaded).removeprefix('torch.')} on cpu" in plan.out
+
+
 def test_nothing_at_all_shows_the_help(loramux: Any) -> None:
     outcome = loramux()
     assert outcome.code == 2

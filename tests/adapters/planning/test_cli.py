@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def run(*arguments: str) -> Result:
     app = typer.Typer()
-    register(app, lambda: (MODELS / "llama-2-7b", "embedded"))
+    register(app, lambda: (MODELS / "llama-2-7b", "embedded"), lambda: "float32")
     app.command("other")(lambda: None)  # one command alone would lose its name
     return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "200"})
 
@@ -42,6 +42,18 @@ def test_tables_for_a_model_of_which_only_the_config_exists() -> None:
         "fits",
     ):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--device", "cpu"], "float32 on cpu"),
+        (["--device", "cpu", "--dtype", "bfloat16"], "bfloat16 on cpu"),
+        (["--device", "cuda"], "bfloat16 on cuda"),
+    ],
+)
+def test_auto_is_what_the_caller_says_of_the_cpu(flags: list[str], said: str) -> None:
+    assert said in run("--model", MISTRAL, *flags).stdout
 
 
 def test_json_has_the_figures() -> None:
