@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from loramux_server.engine import sampler
+from loramux_server.engine import drawing, sampler
 from loramux_server.engine.messages import SamplingParams
 from loramux_server.engine.sampler import Sampled
 from loramux_server.engine.sequence import Draw, Sequence
@@ -184,14 +185,17 @@ def test_any_combination_draws_only_what_the_filters_keep(
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.5, 2.0])
-def test_top_p_beyond_the_candidates_keeps_what_a_full_sort_keeps(spread: float) -> None:
-    """With 256 candidates just above top_p, their sum must not be taken for the whole distribution."""
-    row = logits_row(1, spread, 2000)
+@pytest.mark.parametrize(("vocab", "candidates"), [(2000, 256), (9000, 256), (9000, 4096)])
+def test_top_p_beyond_the_candidates_keeps_what_a_full_sort_keeps(
+    spread: float, vocab: int, candidates: int
+) -> None:
+    """With so many candidates just above top_p, their sum must not be taken for the whole distribution."""
+    row = logits_row(1, spread, vocab)
     probs = torch.softmax(row.double(), -1).sort(descending=True).values
-    top_p = float(probs[:256].sum()) - 1e-4
+    top_p = float(probs[:candidates].sum()) - 1e-4
     item = sequence(top_p=top_p)
     keep = reference(row, item)
-    assert len(keep) >= 250
+    assert len(keep) >= 0.97 * candidates
     last = min(keep, key=lambda token: keep[token])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "_uniform", lambda _: 1.0 - 1e-9)
@@ -257,6 +261,37 @@ def test_a_seed_gives_the_same_token_in_any_company() -> None:
         rows = torch.stack([logits_row(100 + i) for i in range(7)])
         rows[position] = row
         assert sample(rows, batch, END)[position].token == alone
+
+
+def test_many_rows_draw_what_each_draws_alone() -> None:
+    """Of a vocabulary that is summed in parts, with all kinds of filters and candidates that do not suffice."""
+    kinds: list[dict[str, object]] = [
+        {},
+        {"top_p": 0.95},
+        {"top_k": 40, "top_p": 0.9},
+        {"min_p": 1e-7, "temperature": 1.8},
+        {"top_p": 0.9999},
+        {"temperature": 0.0},
+    ]
+    items = [sequence(seed=place, **kinds[place % len(kinds)]) for place in range(36)]
+    rows = torch.stack([logits_row(place, 0.5 + place % 4, 20_001) for place in range(len(items))])
+    together = [one.token for one in sample(rows.clone(), items, END)]
+    assert together == [draw(row, item).token for row, item in zip(rows, items, strict=True)]
+    assert len(set(together)) > 30
+
+
+def test_first_draws_do_not_wait_for_the_device() -> None:
+    """Tensors without data: who asks for a number, or for a size that depends on one, fails."""
+    params = [
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=1, top_p=0.9),
+        SamplingParams(max_tokens=1, top_k=7, min_p=0.1),
+    ]
+    with FakeTensorMode():
+        tokens, certain = drawing.RandomRows(torch.zeros(3, 9000), params, [0.1, 0.2, 0.3]).first()
+        assert tokens.shape == certain.shape == (3,)
+        with pytest.raises(DataDependentOutputException):
+            tokens[0].item()
 
 
 def test_a_seed_depends_on_the_position_but_not_on_how_often_it_is_asked() -> None:

@@ -1,10 +1,10 @@
 """Logits -> tokens, row by row independent: what a request draws never depends on who shares its batch.
 
-Order of operations as in vLLM: logit_bias, min_tokens, penalties, grammar, temperature, min_p, top_k, top_p, draw. The
-draw is the inverse of the cumulative distribution at one uniform number from a generator keyed by (seed, position), so a
-seed gives the same text in any batch, after a preemption too. Reported log-probabilities are the model's own, before any
-of this. Repetition penalty: Keskar et al. 2019, https://arxiv.org/abs/1909.05858; min_p: Nguyen et al. 2024,
-https://arxiv.org/abs/2407.01082; top_p: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+Order of operations as in vLLM: logit_bias, min_tokens, penalties, grammar, temperature, min_p, top_k, top_p, draw
+(`drawing.py`). The uniform number of a draw is from a generator keyed by (seed, position), so a seed gives the same text in
+any batch, after a preemption too. Reported log-probabilities are the model's own, before any of this. A step's tokens come
+from the device together, so do the log-probabilities that were asked for. Repetition penalty: Keskar et al. 2019,
+https://arxiv.org/abs/1909.05858.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
-from loramux_server.engine.messages import SamplingParams, TokenLogprobs
+from loramux_server.engine.drawing import RandomRows
+from loramux_server.engine.messages import TokenLogprobs
 from loramux_server.engine.sequence import Draw, Sequence
 
-# Filters look at this many of the most likely tokens first; a full sort of the vocabulary is the exception.
-_CANDIDATES = 256
 # Tokens of a prompt whose log-probabilities are computed together: a row is the whole vocabulary in fp32.
 _SCORED_AT_ONCE = 64
 
@@ -35,25 +35,55 @@ class Sampled:
 @torch.inference_mode()
 def sample(logits: torch.Tensor, draws: list[Draw], end_tokens: tuple[int, ...]) -> list[Sampled]:
     """logits `[rows, vocab]` fp32 (overwritten), one row per draw -> one token each."""
-    logprobs = [
-        torch.log_softmax(logits[row], -1) if draw.sequence.params.logprobs is not None else None
-        for row, draw in enumerate(draws)
-    ]
+    reported = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
+    logprobs = torch.log_softmax(_rows(logits, reported), -1) if reported else None
     for row, draw in enumerate(draws):
         _adjust(logits[row], draw, end_tokens)
-    highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
-    finite = torch.isfinite(highest).tolist()
-    tokens: list[int] = likeliest.tolist()
-    results: list[Sampled] = []
-    for row, draw in enumerate(draws):
-        if not finite[row]:
-            results.append(Sampled(None))
-            continue
-        params, token = draw.sequence.params, tokens[row]
-        if params.temperature > 0:
-            token = _draw(logits[row], draw)
-        results.append(Sampled(token, _report(logprobs[row], token, params.logprobs)))
+    tokens = _tokens(logits, draws)
+    results = [Sampled(token) for token in tokens]
+    finite = [place for place, row in enumerate(reported) if tokens[row] is not None]
+    if logprobs is not None and finite:
+        rows = [reported[place] for place in finite]
+        counts = [draws[row].sequence.params.logprobs or 0 for row in rows]
+        chosen = [results[row].token or 0 for row in rows]
+        for row, report in zip(rows, _reports(_rows(logprobs, finite), chosen, counts), strict=True):
+            results[row] = Sampled(tokens[row], report)
     return results
+
+
+def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """A copy, unless these are all rows."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int | None]:
+    """The token of each draw, None where the logits are not finite."""
+    highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
+    told = [torch.isfinite(highest).long(), likeliest]
+    random_rows = [row for row, draw in enumerate(draws) if draw.sequence.params.temperature > 0]
+    if not random_rows:
+        return _finite(*torch.stack(told).tolist())
+    rows = RandomRows(
+        _rows(logits, random_rows),
+        [draws[row].sequence.params for row in random_rows],
+        [_uniform(draws[row]) for row in random_rows],
+    )
+    read = torch.cat([*told, *rows.first()]).tolist()
+    cut = len(draws), 2 * len(draws), 2 * len(draws) + len(random_rows)
+    finite, tokens, drawn, certain = (
+        read[: cut[0]],
+        read[cut[0] : cut[1]],
+        read[cut[1] : cut[2]],
+        read[cut[2] :],
+    )
+    unsure = [place for place, row in enumerate(random_rows) if finite[row] and not certain[place]]
+    for place, token in (dict(enumerate(drawn)) | rows.settled(unsure)).items():
+        tokens[random_rows[place]] = token
+    return _finite(finite, tokens)
+
+
+def _finite(finite: list[int], tokens: list[int]) -> list[int | None]:
+    return [token if ok else None for ok, token in zip(finite, tokens, strict=True)]
 
 
 def _adjust(row: torch.Tensor, draw: Draw, end_tokens: tuple[int, ...]) -> None:
@@ -105,54 +135,20 @@ def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> 
             sequence.prompt_scores.append(TokenLogprobs(logprob, top, rank))
 
 
-def _draw(row: torch.Tensor, draw: Draw) -> int:
-    params = draw.sequence.params
-    probs = torch.softmax(row / max(params.temperature, 1e-5), -1)
-    uniform = _uniform(draw)
-    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return _pick(probs, uniform)
-    values, ids = torch.topk(probs, min(_CANDIDATES, probs.numel()))
-    if not _covers(values, params, probs.numel()):
-        values, ids = torch.sort(probs, descending=True)
-    keep = torch.ones_like(values, dtype=torch.bool)
-    if params.min_p > 0.0:
-        keep &= values >= params.min_p * values[0]
-    if params.top_k > 0:
-        keep[params.top_k :] = False
-    if params.top_p < 1.0:
-        kept = values * keep
-        # A token stays if the probability before it has not reached top_p of what the other filters left. Without
-        # them that is everything, of which the candidates are only a part.
-        left = kept.sum() if params.top_k > 0 or params.min_p > 0.0 else probs.sum()
-        keep &= (kept.cumsum(-1) - kept) < params.top_p * left
-    return int(ids[_pick(values * keep, uniform)])
-
-
-def _covers(values: torch.Tensor, params: SamplingParams, vocab: int) -> bool:
-    """True if the filters certainly keep none but the candidates."""
-    if values.numel() == vocab or 0 < params.top_k <= values.numel():
-        return True
-    if params.min_p > 0.0 and float(values[-1]) < params.min_p * float(values[0]):
-        return True
-    return params.top_k <= 0 and params.min_p <= 0.0 and float(values.sum()) >= params.top_p
-
-
-def _pick(weights: torch.Tensor, uniform: float) -> int:
-    """The index where the cumulative sum passes `uniform` of the total; never one of weight zero."""
-    cumulative = weights.double().cumsum(-1)
-    target = uniform * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return min(index, int(torch.nonzero(weights)[-1]))
-
-
 def _uniform(draw: Draw) -> float:
     seed = draw.sequence.params.seed
     return random.random() if seed is None else random.Random(f"{seed}:{len(draw.output)}").random()
 
 
-def _report(logprobs: torch.Tensor | None, token: int, count: int | None) -> TokenLogprobs | None:
-    if logprobs is None or count is None:
-        return None
-    values, ids = torch.topk(logprobs, count) if count else (logprobs[:0], logprobs[:0].long())
-    top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(logprob=float(logprobs[token]), top=top)
+def _reports(logprobs: torch.Tensor, tokens: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """Of rows `[n, vocab]` the token's own, and so many of the likeliest."""
+    chosen = torch.tensor(tokens, device=logprobs.device)[:, None]
+    values, ids = torch.topk(logprobs, max(counts))  # of size 0 if none is wanted
+    # fp64 holds token ids and fp32 numbers exactly: one copy from the device instead of three
+    read = torch.cat([logprobs.gather(1, chosen).double(), values.double(), ids.double()], dim=1).tolist()
+    reports = []
+    for (own, *both), count in zip(read, counts, strict=True):
+        half = len(both) // 2
+        top = zip(map(int, both[half:]), both[:half], strict=True)
+        reports.append(TokenLogprobs(own, list(islice(top, count))))
+    return reports

@@ -1,0 +1,120 @@
+"""Random draws from rows of logits, all rows at once and on their device.
+
+Promises: temperature, min_p, top_k, top_p in this order, then the inverse of the cumulative distribution at one uniform
+number a row; what a row draws never depends on the rows beside it. `first` does not wait for the device; it says of each
+draw whether it is certain, and `settled` repeats those that are not. min_p: Nguyen et al. 2024,
+https://arxiv.org/abs/2407.01082; top_p: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from loramux_server.engine.messages import SamplingParams
+
+# Filters look at so many of the likeliest tokens first, and at all of them only if more could be kept.
+_CANDIDATES = (256, 4096)
+# Probabilities that are summed before a cumulative sum goes over the sums.
+_PART = 256
+
+
+class RandomRows:
+    def __init__(
+        self, logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+    ) -> None:
+        """logits `[rows, vocab]` fp32, overwritten; temperatures are above zero; a uniform number in [0, 1) for each row."""
+        self._filtered = [row for row, one in enumerate(params) if _is_filtered(one)]
+        numbers = [(max(one.temperature, 1e-5), one.top_k, one.top_p, one.min_p) for one in params]
+        self._table = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
+        self._uniforms = torch.tensor(uniforms, dtype=torch.float64).to(logits.device)
+        self._probs = torch.softmax(logits.div_(self._table[:, :1].float()), -1)
+
+    def first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token for each row, any of one that is not finite, and whether it is certain; both int64 `[rows]`."""
+        count, some = len(self._probs), self._filtered
+        if len(some) == count:
+            return self._draw(self._probs, list(range(count)), _CANDIDATES[0])
+        tokens = _pick(self._probs, self._uniforms)
+        certain = torch.ones_like(tokens)
+        if some:
+            tokens[some], certain[some] = self._draw(self._probs[some], some, _CANDIDATES[0])
+        return tokens, certain
+
+    def settled(self, rows: list[int]) -> dict[int, int]:
+        """The tokens of these rows, by row. Waits for the device."""
+        found: dict[int, int] = {}
+        for candidates in (*_CANDIDATES[1:], self._probs.shape[1]):
+            if rows:
+                tokens, certain = torch.stack(self._draw(self._probs[rows], rows, candidates)).tolist()
+                found |= {row: token for row, token, sure in zip(rows, tokens, certain, strict=True) if sure}
+                rows = [row for row in rows if row not in found]
+        return found
+
+    def _draw(
+        self, probs: torch.Tensor, rows: list[int], candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of rows with filters, which look at so many tokens."""
+        vocab = probs.shape[1]
+        count = min(candidates, vocab)
+        values, ids = torch.topk(probs, count) if count < vocab else torch.sort(probs, descending=True)
+        everything = len(rows) == len(self._table)
+        table, uniforms = (
+            (self._table, self._uniforms) if everything else (self._table[rows], self._uniforms[rows])
+        )
+        top_k, top_p, min_p = table[:, 1:].unbind(1)
+        by_rank, by_share = top_k > 0, min_p > 0.0
+        place = torch.arange(count, device=probs.device)
+        keep = (place < torch.where(by_rank, top_k, count)[:, None]) & (
+            values >= min_p[:, None] * values[:, :1]
+        )
+        kept = values * keep
+        # A token stays if the probability before it has not reached top_p of what the other filters left. Without them
+        # that is everything, of which the candidates are only a part.
+        left = torch.where(by_rank | by_share, kept.sum(-1, dtype=torch.float64), _sums(probs).sum(-1))
+        before = kept.cumsum(-1, dtype=torch.float64) - kept
+        keep &= (before < (top_p * left)[:, None]) | (top_p >= 1.0)[:, None]
+        by_top_p = ~(by_rank | by_share) & (values.sum(-1, dtype=torch.float64) >= top_p)
+        certain = (
+            by_top_p | (by_rank & (top_k <= count)) | (by_share & (values[:, -1] < min_p * values[:, 0]))
+        )
+        if count == vocab:
+            certain = torch.ones_like(certain)
+        return ids.gather(1, _pick(values * keep, uniforms)[:, None])[:, 0], certain.long()
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    """Whether some tokens may be left out however likely they are."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _parts(weights: torch.Tensor) -> torch.Tensor:
+    rows, count = weights.shape
+    lacking = -count % _PART
+    return (F.pad(weights, (0, lacking)) if lacking else weights).view(rows, -1, _PART)
+
+
+def _sums(weights: torch.Tensor) -> torch.Tensor:
+    """`[rows, n]` -> `[rows, parts]` in fp64: parts of a row, summed alike however many rows there are."""
+    return _parts(weights).sum(-1).double()
+
+
+def _pick(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Of each row the index where the cumulative sum passes its share of the total; never one of weight zero."""
+    sums = _sums(weights)
+    ends = sums.cumsum(-1)
+    target = (uniforms * ends[:, -1])[:, None]
+    part = _passing(ends, target)
+    rest = target - (ends - sums).gather(1, part)
+    within = _parts(weights).gather(1, part[:, :, None].expand(-1, -1, _PART))[:, 0]
+    index = part * _PART + _passing(within.cumsum(-1, dtype=torch.float64), rest)
+    return index[:, 0].clamp(max=weights.shape[1] - 1)  # of a row that is not finite
+
+
+def _passing(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[rows, 1]`: where cumulative sums `ends [rows, n]` first pass the target, at most where the last number is added."""
+    found = torch.searchsorted(ends, target.clamp(min=0.0), right=True)
+    last = torch.searchsorted(ends, ends[:, -1:].contiguous())
+    return torch.minimum(found, last).clamp(max=ends.shape[1] - 1)  # NaN passes nothing
