@@ -1,7 +1,7 @@
-"""What options of a request cost: log-probabilities, a JSON schema, four choices of a prompt, beside the plain request.
+"""What options of a request cost: log-probabilities, random draws, a JSON schema, four choices, beside the plain request.
 
-The same number of tokens every time, greedy, over HTTP, on one server; the kinds take turns. Answers are not checked here:
-the plain ones are those of `base-32`. Asserts nothing.
+The same number of tokens every time, greedy where nothing else is said, over HTTP, on one server; the kinds take turns.
+Answers are not checked here: the plain ones are those of `base-32`. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _FORMAT = {"type": "json_schema", "json_schema": {"name": "people", "schema": _S
 _KINDS: Mapping[str, Mapping[str, Any]] = {
     names.PLAIN: {},
     names.LOGPROBS: {"logprobs": 5},
+    names.SAMPLED: {"temperature": 0.7, "top_p": 0.95},
     names.SCHEMA: {"response_format": _FORMAT, "ignore_eos": False},
     names.N_4: {"n": CHOICES},
 }

@@ -32,6 +32,7 @@ BESIDE_PROMPTS = "beside long prompts"
 BESIDE_JOB, HALF_LOAD, IDLE = "beside streams", "at half load", "while idle"
 DEFAULT_BUDGET, LARGE_BUDGET = "default budget", "budget 100 ms"
 PLAIN, LOGPROBS, SCHEMA, N_4 = "plain", "logprobs: 5", "json_schema", "n: 4"
+SAMPLED = "temperature: 0.7, top_p: 0.95"
 
 
 def drafts_kind(streams: int, *, drafts: bool) -> str:
@@ -228,10 +229,10 @@ SCENARIOS = {
         ),
         Scenario(
             "features",
-            "32 streams on the base with log-probabilities, a JSON schema, or 4 choices of 8 prompts, against plain ones",
+            "32 streams on the base: plain, with log-probabilities, random draws, a JSON schema, and 4 choices of 8 prompts",
             streams=32,
             own_server=True,
-            goals=(Goal(SCHEMA, 0.85, over=PLAIN),),
+            goals=(Goal(SCHEMA, 0.85, over=PLAIN), Goal(SAMPLED, 0.85, over=PLAIN)),
         ),
         Scenario(
             "shared-prefix",

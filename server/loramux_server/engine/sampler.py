@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 
 import torch
@@ -39,6 +40,7 @@ def sample(logits: torch.Tensor, draws: list[Draw], end_tokens: tuple[int, ...])
     logprobs = torch.log_softmax(_rows(logits, reported), -1) if reported else None
     for row, draw in enumerate(draws):
         _adjust(logits[row], draw, end_tokens)
+    _constrain(logits, draws)
     tokens = _tokens(logits, draws)
     results = [Sampled(token) for token in tokens]
     finite = [place for place, row in enumerate(reported) if tokens[row] is not None]
@@ -105,17 +107,27 @@ def _adjust(row: torch.Tensor, draw: Draw, end_tokens: tuple[int, ...]) -> None:
         ids = torch.tensor(list(counts), device=row.device)
         times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
-    if sequence.constraint is not None:
-        row.masked_fill_(~_unpack(sequence.constraint.allowed(), row), -torch.inf)
 
 
-def _unpack(bits: bytes, row: torch.Tensor) -> torch.Tensor:
-    """A bit per token id -> a boolean per logit; ids that the tokenizer lacks are never allowed."""
-    packed = torch.frombuffer(bytearray(bits), dtype=torch.uint8).to(row.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=row.device)
-    allowed = ((packed[:, None] >> shifts) & 1).view(-1)[: row.numel()].bool()
-    missing = row.numel() - allowed.numel()
-    return torch.cat((allowed, allowed.new_zeros(missing))) if missing > 0 else allowed
+def _constrain(logits: torch.Tensor, draws: list[Draw]) -> None:
+    """What a row's grammar does not allow gets -inf; a bit per token id says what it does."""
+    constraints = {row: draw.sequence.constraint for row, draw in enumerate(draws)}
+    allowed = {row: one.allowed() for row, one in constraints.items() if one is not None}
+    if not allowed:
+        return
+    packed = torch.frombuffer(bytearray().join(allowed.values()), dtype=torch.uint8).to(logits.device)
+    added = _added(logits.device).index_select(0, packed.int()).view(len(allowed), -1)
+    rows = torch.tensor(list(allowed), device=logits.device)
+    known = min(added.shape[1], logits.shape[1])
+    logits[:, :known].index_add_(0, rows, added[:, :known])
+    logits[:, known:].index_fill_(0, rows, -torch.inf)  # ids that the tokenizer lacks
+
+
+@cache
+def _added(device: torch.device) -> torch.Tensor:
+    """`[256, 8]`: for every byte of allowed tokens what is added to the eight logits, lowest bit first."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return torch.where(bits == 1, 0.0, -torch.inf).to(device)
 
 
 def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> None:
