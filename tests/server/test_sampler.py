@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from loramux_server.engine import drawing, sampler
+from loramux_server.engine import sampler
 from loramux_server.engine.messages import SamplingParams
 from loramux_server.engine.sampler import Sampled
 from loramux_server.engine.sequence import Draw, Sequence
@@ -37,7 +39,7 @@ def sequence(prompt: list[int] | None = None, output: list[int] | None = None, *
 
 def sample(logits: torch.Tensor, sequences: list[Sequence], end_tokens: tuple[int, ...]) -> list[Sampled]:
     """The next token of each."""
-    return sampler.sample(logits, [Draw(item, item.output) for item in sequences], end_tokens)
+    return sampler.Sampling(logits, [Draw(item, item.output) for item in sequences], end_tokens).read()
 
 
 def draw(row: torch.Tensor, item: Sequence) -> Sampled:
@@ -280,18 +282,52 @@ def test_many_rows_draw_what_each_draws_alone() -> None:
     assert len(set(together)) > 30
 
 
-def test_first_draws_do_not_wait_for_the_device() -> None:
-    """Tensors without data: who asks for a number, or for a size that depends on one, fails."""
-    params = [
-        SamplingParams(max_tokens=1),
-        SamplingParams(max_tokens=1, top_p=0.9),
-        SamplingParams(max_tokens=1, top_k=7, min_p=0.1),
+class _Everything:
+    """A grammar that allows all tokens."""
+
+    is_ready, error = True, ""
+
+    def allowed(self) -> bytes:
+        return b"\xff" * (VOCAB // 8)
+
+    def accept(self, token: int) -> None: ...
+
+
+class _OnlyWithoutWaiting(TorchDispatchMode):
+    """Refuses what waits until the device has computed all that it was asked for: blocking copies, open or hidden."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = {
+            one.device for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor) and one.dim()
+        }
+        assert len(given) <= 1, f"{func} copies its operands by itself"
+        if isinstance(result, torch.Tensor) and given - {result.device}:
+            assert kwargs.get("non_blocking"), f"{func} waits"
+            self.copies += 1
+        return result
+
+
+def test_nothing_waits_for_the_device_before_tokens_are_read() -> None:
+    """A device without data: who asks it for a number, or for a size that depends on one, fails."""
+    kinds: list[dict[str, object]] = [
+        {},
+        {"top_p": 0.9, "logprobs": 2},
+        {"top_k": 7, "min_p": 0.1, "logit_bias": {3: 1.0}},
+        {"temperature": 0.0, "min_tokens": 5},
+        {"repetition_penalty": 1.2, "frequency_penalty": 0.1, "output": [4, 4]},
     ]
-    with FakeTensorMode():
-        tokens, certain = drawing.RandomRows(torch.zeros(3, 9000), params, [0.1, 0.2, 0.3]).first()
-        assert tokens.shape == certain.shape == (3,)
-        with pytest.raises(DataDependentOutputException):
-            tokens[0].item()
+    items = [sequence(**kind) for kind in kinds]
+    items[0].constraint = _Everything()
+    with _OnlyWithoutWaiting() as mode:
+        logits = torch.zeros(len(items), 9000, device="meta")
+        sampling = sampler.Sampling(logits, [Draw(item, item.output) for item in items], END)
+        assert mode.copies > 8
+        with pytest.raises(RuntimeError, match="meta"):
+            sampling.read()
 
 
 def test_a_seed_depends_on_the_position_but_not_on_how_often_it_is_asked() -> None:

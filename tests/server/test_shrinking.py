@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,17 +85,27 @@ def test_memory_that_lacks_while_sampling_changes_no_answer(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean = run(make_engine(), WANTED)
-    real, refused = sampler.sample, list[int]()
+    """Before the next step was looked at, and after."""
+    refused = list[int]()
 
-    def sample(logits: torch.Tensor, *others: object) -> object:
-        if len(logits) > 1 and len(refused) < 5:
-            refused.append(len(logits))
-            raise ERRORS[0]
-        return real(logits, *others)  # type: ignore[arg-type]
+    class Short(sampler.Sampling):
+        def __init__(self, logits: torch.Tensor, *others: Any) -> None:
+            self.rows = len(logits)
+            self.refuse(0)
+            super().__init__(logits, *others)
 
-    monkeypatch.setattr(engine_module, "sample", sample)
+        def read(self) -> list[sampler.Sampled]:
+            self.refuse(1)
+            return super().read()
+
+        def refuse(self, turn: int) -> None:
+            if self.rows > 1 and len(refused) < 10 and len(refused) % 2 == turn:
+                refused.append(self.rows)
+                raise ERRORS[0]
+
+    monkeypatch.setattr(engine_module, "Sampling", Short)
     assert all_tokens(run(make_engine(), WANTED)) == all_tokens(clean)
-    assert len(refused) == 5
+    assert len(refused) == 10
 
 
 def test_other_errors_of_the_device_are_not_taken_for_it(make_engine: EngineFactory) -> None:

@@ -18,7 +18,7 @@ from loramux_server.engine.drafts import PromptLookup, num_kept
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AdapterRef, AddRequest, TokenOutput
 from loramux_server.engine.options import SpeculativeConfig
-from loramux_server.engine.sampler import sample
+from loramux_server.engine.sampler import Sampling
 from loramux_server.engine.sequence import Draw, Scheduled
 from tests.server.support import (
     EngineFactory,
@@ -327,12 +327,13 @@ def test_what_is_taken_has_the_distribution_without_drafts(params: dict[str, Any
         item.num_computed = item.num_tokens - 1
         scheduled = Scheduled(item, 2, [drafted])
         logits = torch.stack([first, second[drafted]])
-        drawn = [one.token for one in sample(logits, scheduled.draws, ())]
+        drawn = [one.token for one in Sampling(logits, scheduled.draws, ()).read()]
         taken = drawn[: num_kept(scheduled.drafts, drawn)]
         item.output += taken
         accepted += taken[0] == drafted
         if len(taken) == 1:
-            taken += [sample(second[taken[0]][None].clone(), [Draw(item, item.output)], ())[0].token]
+            [again] = Sampling(second[taken[0]][None].clone(), [Draw(item, item.output)], ()).read()
+            taken.append(again.token)
         pairs[taken[0], taken[1]] += 1
     expected = {
         (a, b): p * q

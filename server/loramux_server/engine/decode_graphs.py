@@ -140,11 +140,11 @@ class DecodeGraphs:
 
     def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
         count, width = paged.block_table.shape
-        self._tokens[0, :count].copy_(torch.tensor(tokens))
-        self._positions[0, :count].copy_(torch.tensor(positions))
-        self._slots[:count].copy_(paged.slots)
-        self._lengths[:count].copy_(paged.lengths)
-        self._table[:count, :width].copy_(paged.block_table)
+        self._tokens[0, :count].copy_(torch.tensor(tokens), non_blocking=True)
+        self._positions[0, :count].copy_(torch.tensor(positions), non_blocking=True)
+        self._slots[:count].copy_(paged.slots, non_blocking=True)
+        self._lengths[:count].copy_(paged.lengths, non_blocking=True)
+        self._table[:count, :width].copy_(paged.block_table, non_blocking=True)
 
     def _fill_up(self, count: int, size: int) -> None:
         """From row `count` on, rows of one token in nobody's block."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from loramux_server.engine.messages import SamplingParams
+from loramux_server.engine.transfer import on_device
 
 # Filters look at so many of the likeliest tokens first, and at all of them only if more could be kept.
 _CANDIDATES = (256, 4096)
@@ -28,19 +29,20 @@ class RandomRows:
         """logits `[rows, vocab]` fp32, overwritten; temperatures are above zero; a uniform number in [0, 1) for each row."""
         self._filtered = [row for row, one in enumerate(params) if _is_filtered(one)]
         numbers = [(max(one.temperature, 1e-5), one.top_k, one.top_p, one.min_p) for one in params]
-        self._table = torch.tensor(numbers, dtype=torch.float64).to(logits.device)
-        self._uniforms = torch.tensor(uniforms, dtype=torch.float64).to(logits.device)
+        self._table = on_device(numbers, logits.device, torch.float64)
+        self._uniforms = on_device(uniforms, logits.device, torch.float64)
         self._probs = torch.softmax(logits.div_(self._table[:, :1].float()), -1)
 
     def first(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A token for each row, any of one that is not finite, and whether it is certain; both int64 `[rows]`."""
-        count, some = len(self._probs), self._filtered
-        if len(some) == count:
-            return self._draw(self._probs, list(range(count)), _CANDIDATES[0])
+        if len(self._filtered) == len(self._probs):
+            return self._draw(self._filtered, _CANDIDATES[0])
         tokens = _pick(self._probs, self._uniforms)
         certain = torch.ones_like(tokens)
-        if some:
-            tokens[some], certain[some] = self._draw(self._probs[some], some, _CANDIDATES[0])
+        if self._filtered:
+            places = on_device(self._filtered, tokens.device)
+            for all_, some in zip((tokens, certain), self._draw(self._filtered, _CANDIDATES[0]), strict=True):
+                all_.index_copy_(0, places, some)
         return tokens, certain
 
     def settled(self, rows: list[int]) -> dict[int, int]:
@@ -48,22 +50,20 @@ class RandomRows:
         found: dict[int, int] = {}
         for candidates in (*_CANDIDATES[1:], self._probs.shape[1]):
             if rows:
-                tokens, certain = torch.stack(self._draw(self._probs[rows], rows, candidates)).tolist()
+                tokens, certain = torch.stack(self._draw(rows, candidates)).tolist()
                 found |= {row: token for row, token, sure in zip(rows, tokens, certain, strict=True) if sure}
                 rows = [row for row in rows if row not in found]
         return found
 
-    def _draw(
-        self, probs: torch.Tensor, rows: list[int], candidates: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of rows with filters, which look at so many tokens."""
+    def _draw(self, rows: list[int], candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of these rows, whose filters look at so many tokens."""
+        probs, table, uniforms = self._probs, self._table, self._uniforms
+        if len(rows) < len(probs):
+            places = on_device(rows, probs.device)
+            probs, table, uniforms = (one.index_select(0, places) for one in (probs, table, uniforms))
         vocab = probs.shape[1]
         count = min(candidates, vocab)
         values, ids = torch.topk(probs, count) if count < vocab else torch.sort(probs, descending=True)
-        everything = len(rows) == len(self._table)
-        table, uniforms = (
-            (self._table, self._uniforms) if everything else (self._table[rows], self._uniforms[rows])
-        )
         top_k, top_p, min_p = table[:, 1:].unbind(1)
         by_rank, by_share = top_k > 0, min_p > 0.0
         place = torch.arange(count, device=probs.device)

@@ -1,7 +1,7 @@
 """The engine: `add`, `abort`, `step`. A plain object that knows no process, no text and no HTTP.
 
-`step` is the program: schedule -> run -> postprocess. Unit tests and the offline benchmark use it as it is; the worker
-process drives it in a loop.
+`step` is the program: schedule -> run -> postprocess; a run that only decodes schedules the next one while it waits for the
+device. Unit tests and the offline benchmark use it as it is; the worker process drives it in a loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from loramux_server.engine.messages import (
 )
 from loramux_server.engine.options import Policy, SpeculativeConfig
 from loramux_server.engine.runner import GraphLimits, ModelRunner
-from loramux_server.engine.sampler import Sampled, sample
+from loramux_server.engine.sampler import Sampled, Sampling
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
 from loramux_server.engine.shrinking import run_within_memory
@@ -200,10 +200,16 @@ class Engine:
         return weights
 
     def _run(self, scheduled: list[Scheduled]) -> list[TokenOutput]:
-        """What needs memory comes first, what changes a sequence afterwards: a run that failed can be repeated."""
+        """What needs memory comes first, what changes a sequence afterwards: a run that failed can be repeated.
+
+        On CUDA the next step is scheduled and laid out while the device computes this one.
+        """
         logits = self.runner.run(scheduled)
         draws = [draw for item in scheduled for draw in item.draws]
-        sampled = iter(sample(logits, draws, self.base.eos_token_ids) if draws else [])
+        sampling = Sampling(logits, draws, self.base.eos_token_ids) if draws else None
+        if ahead := self.scheduler.look_ahead(scheduled):
+            self.runner.prepare(ahead)
+        sampled = iter(sampling.read() if sampling is not None else [])
         outputs = []
         for item in scheduled:
             sequence, start, samples = item.sequence, item.sequence.num_computed, item.samples
@@ -257,7 +263,7 @@ class Engine:
         params = sequence.params
         if token in params.stop_token_ids or (token in self.base.eos_token_ids and not params.ignore_eos):
             return "stop"
-        return "length" if len(sequence.output) >= params.max_tokens else None
+        return "length" if sequence.num_left <= 0 else None
 
     def _failure(self, sequence: Sequence, message: str, code: str) -> TokenOutput:
         if sequence.status is not Status.FINISHED:

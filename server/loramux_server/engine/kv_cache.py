@@ -44,11 +44,15 @@ class BlockManager:
 
     def can_grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """True if `sequence` can hold `num_tokens` tokens with the blocks that are free now."""
-        return self.blocks_for(num_tokens) - len(sequence.blocks) <= self.num_free
+        return self.lacking(sequence, num_tokens) <= self.num_free
+
+    def lacking(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that `sequence` still needs for `num_tokens` tokens."""
+        return max(0, self.blocks_for(num_tokens) - len(sequence.blocks))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Give `sequence` the blocks it lacks for `num_tokens` tokens. The caller asked `can_grow` before."""
-        for _ in range(self.blocks_for(num_tokens) - len(sequence.blocks)):
+        for _ in range(self.lacking(sequence, num_tokens)):
             block = self._free.popleft() if self._free else self._cache.evict()
             self._holders[block] = 1
             sequence.blocks.append(block)

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from loramux_server.engine.kv_store import KVStore
+from loramux_server.engine.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,13 @@ class PagedBatch:
     def to(self, device: torch.device) -> PagedBatch:
         return replace(
             self,
-            slots=self.slots.to(device),
-            begun=self.begun.to(device),
-            block_table=self.block_table.to(device),
-            lengths=self.lengths.to(device),
-            chunks=[replace(chunk, blocks=chunk.blocks.to(device)) for chunk in self.chunks],
+            slots=self.slots.to(device, non_blocking=True),
+            begun=self.begun.to(device, non_blocking=True),
+            block_table=self.block_table.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+            chunks=[
+                replace(chunk, blocks=chunk.blocks.to(device, non_blocking=True)) for chunk in self.chunks
+            ],
             _masks={},
         )
 
@@ -115,7 +118,7 @@ class PagedBatch:
         device = self.slots.device
         return Ragged(
             torch.stack(table),
-            torch.tensor([self.chunks[0].start, *ends], device=device),
-            torch.tensor([chunk.context + chunk.length for chunk in self.chunks], device=device),
+            on_device([self.chunks[0].start, *ends], device),
+            on_device([chunk.context + chunk.length for chunk in self.chunks], device),
             most=max(chunk.length for chunk in self.chunks),
         )

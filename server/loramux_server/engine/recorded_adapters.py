@@ -70,7 +70,7 @@ class StackedAdapters:
     def fill(self, rows: Rows, size: int, kind: Hashable) -> None:
         if kind:
             mask = self._stack.foreign([*rows, *[None] * (size - len(rows))])
-            self._mask(size, kind).copy_(mask)
+            self._mask(size, kind).copy_(mask, non_blocking=True)
 
     def select(self, size: int, kind: Hashable) -> None:
         assert isinstance(kind, int)

@@ -6,6 +6,8 @@ transformers', unmodified. The step's tensors are built on the CPU and moved onc
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,7 @@ from loramux_server.engine.recorded_adapters import recorded_adapters
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
 from loramux_server.engine.tape import MOST_ROWS, TapeRecorder
+from loramux_server.engine.transfer import on_device
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:
@@ -38,9 +41,26 @@ def _kv_shape(base: ResidentBase) -> tuple[int, int, int]:
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def _same(some: SequenceOf[Scheduled], others: SequenceOf[Scheduled]) -> bool:
+    """Whether they are the very same items."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 def _own_blocks(sequence: Sequence, length: int, block_size: int) -> list[int]:
     """The blocks that hold its first `length` tokens."""
     return sequence.blocks[: -(-length // block_size)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All that is known of a step before its tokens are."""
+
+    scheduled: SequenceOf[Scheduled]  # as they were given
+    items: list[Scheduled]  # as their rows lie: decoding sequences first, which attention runs as one batch
+    positions: list[int]  # of each row
+    generations: list[str | None]  # of each row
+    drawn: list[int]  # rows that are drawn from, in the order of `scheduled`
+    paged: PagedBatch  # on the CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,7 @@ class ModelRunner:
         )
         self._self_check()
         base.model.set_attn_implementation(attention.NAME)
+        self._prepared: _Layout | None = None
         self.graphs: DecodeGraphs | None = None
         if graph_limits is not None and self.kernels.decode is not None:
             if base.device.type == "cuda":
@@ -91,44 +112,56 @@ class ModelRunner:
             max_blocks=-(-limits.length // self.store.block_size),
         )
 
+    def prepare(self, scheduled: SequenceOf[Scheduled]) -> None:
+        """Lay a step out that has not come yet: the one after each of its sequences has computed one more token."""
+        starts = {item.sequence.id: item.sequence.num_computed + 1 for item in scheduled}
+        self._prepared = self._lay_out(scheduled, starts)
+
     @torch.inference_mode()
     def run(self, scheduled: SequenceOf[Scheduled]) -> torch.Tensor:
         """Logits `[draws, vocab]` in fp32 for all draws of the items, in the order they were given.
 
-        Prompts whose log-probabilities were asked for are scored on the way.
+        Prompts whose log-probabilities were asked for are scored on the way. On CUDA it does not wait for the device.
         """
-        # Decoding sequences first: attention runs them as one batch.
-        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_known > 1)
-        items = [scheduled[i] for i in order]
-        tokens: list[int] = []
-        positions: list[int] = []
-        rows: list[str | None] = []
-        for item in items:
-            start = item.sequence.num_computed
-            tokens += item.tokens
-            positions += range(start, start + item.count)
-            rows += [item.sequence.generation] * item.count
-        drawn_rows = self._drawn_rows(items, order)
-        kept_rows = drawn_rows + self._scored_rows(items)
-        paged = self._paged_batch(items)
-        if self.graphs is not None and not paged.chunks and drawn_rows == list(range(len(tokens))):
-            replayed = self.graphs.run(tokens, positions, rows, paged)
+        layout, self._prepared = self._prepared, None
+        if layout is None or not _same(layout.scheduled, scheduled):
+            layout = self._lay_out(
+                scheduled, {item.sequence.id: item.sequence.num_computed for item in scheduled}
+            )
+        tokens = [token for item in layout.items for token in item.tokens]
+        drawn, paged = layout.drawn, layout.paged
+        if self.graphs is not None and not paged.chunks and drawn == list(range(len(tokens))):
+            replayed = self.graphs.run(tokens, layout.positions, layout.generations, paged)
             if replayed is not None:
                 return replayed.to(torch.float32, copy=True)
-        self.bank.set_adapter(rows)
+        self.bank.set_adapter(layout.generations)
         device = self.base.device
+        kept = drawn + self._scored_rows(layout.items)
         logits = self._forward(
-            torch.tensor([tokens], device=device),
-            torch.tensor([positions], device=device),
-            torch.tensor(kept_rows or [0], device=device),
+            on_device([tokens], device),
+            on_device([layout.positions], device),
+            on_device(kept or [0], device),
             paged.to(device),
         )
-        row = len(drawn_rows)
-        for item in items:
+        row = len(drawn)
+        for item in layout.items:
             if positions_of := item.sequence.unscored(item.count):
                 score_prompt(item.sequence, positions_of, logits[row : row + len(positions_of)])
                 row += len(positions_of)
-        return logits[: len(drawn_rows)].float()
+        return logits[: len(drawn)].float()
+
+    def _lay_out(self, scheduled: SequenceOf[Scheduled], starts: Mapping[str, int]) -> _Layout:
+        """`starts`: the position of each item's first token, by its sequence's id."""
+        order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].num_known > 1)
+        items = [scheduled[i] for i in order]
+        positions: list[int] = []
+        generations: list[str | None] = []
+        for item in items:
+            start = starts[item.sequence.id]
+            positions += range(start, start + item.count)
+            generations += [item.sequence.generation] * item.count
+        paged = self._paged_batch(items, starts)
+        return _Layout(scheduled, items, positions, generations, self._drawn_rows(items, order), paged)
 
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, paged: PagedBatch
@@ -162,15 +195,14 @@ class ModelRunner:
             start += item.count
         return rows
 
-    def _paged_batch(self, items: list[Scheduled]) -> PagedBatch:
-        """On the CPU."""
+    def _paged_batch(self, items: list[Scheduled], starts: Mapping[str, int]) -> PagedBatch:
         size = self.store.block_size
         slots: list[int] = []
         begun: list[int] = []
         chunks: list[Chunk] = []
         decodes = [item for item in items if item.num_known == 1]
         for item in items:
-            sequence, start = item.sequence, item.sequence.num_computed
+            sequence, start = item.sequence, starts[item.sequence.id]
             for position in range(start, start + item.count):
                 slots.append(sequence.blocks[position // size] * size + position % size)
             last, filled = divmod(start + item.count, size)
@@ -182,7 +214,7 @@ class ModelRunner:
                 chunks.append(Chunk(len(slots) - item.count, item.count, start, blocks))
         # A draft is one more row over the same blocks, which sees a token more than the row before it.
         seen = [
-            (item.sequence, item.sequence.num_computed + place)
+            (item.sequence, starts[item.sequence.id] + place)
             for item in decodes
             for place in range(1, item.count + 1)
         ]

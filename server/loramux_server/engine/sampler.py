@@ -20,6 +20,7 @@ import torch
 from loramux_server.engine.drawing import RandomRows
 from loramux_server.engine.messages import TokenLogprobs
 from loramux_server.engine.sequence import Draw, Sequence
+from loramux_server.engine.transfer import on_device
 
 # Tokens of a prompt whose log-probabilities are computed together: a row is the whole vocabulary in fp32.
 _SCORED_AT_ONCE = 64
@@ -33,79 +34,82 @@ class Sampled:
     logprobs: TokenLogprobs | None = None
 
 
-@torch.inference_mode()
-def sample(logits: torch.Tensor, draws: list[Draw], end_tokens: tuple[int, ...]) -> list[Sampled]:
-    """logits `[rows, vocab]` fp32 (overwritten), one row per draw -> one token each."""
-    reported = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
-    logprobs = torch.log_softmax(_rows(logits, reported), -1) if reported else None
-    for row, draw in enumerate(draws):
-        _adjust(logits[row], draw, end_tokens)
-    _constrain(logits, draws)
-    tokens = _tokens(logits, draws)
-    results = [Sampled(token) for token in tokens]
-    finite = [place for place, row in enumerate(reported) if tokens[row] is not None]
-    if logprobs is not None and finite:
-        rows = [reported[place] for place in finite]
-        counts = [draws[row].sequence.params.logprobs or 0 for row in rows]
-        chosen = [results[row].token or 0 for row in rows]
-        for row, report in zip(rows, _reports(_rows(logprobs, finite), chosen, counts), strict=True):
-            results[row] = Sampled(tokens[row], report)
-    return results
+class Sampling:
+    """What a step draws: asked for at once, without waiting for the device, and read later."""
+
+    @torch.inference_mode()
+    def __init__(self, logits: torch.Tensor, draws: list[Draw], end_tokens: tuple[int, ...]) -> None:
+        """logits `[rows, vocab]` fp32 (overwritten), one row per draw."""
+        self._draws = draws
+        self._reported = [row for row, draw in enumerate(draws) if draw.sequence.params.logprobs is not None]
+        self._logprobs = torch.log_softmax(_rows(logits, self._reported), -1) if self._reported else None
+        for row, draw in enumerate(draws):
+            _adjust(logits[row], draw, end_tokens)
+        _constrain(logits, draws)
+        highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
+        told = [torch.isfinite(highest).long(), likeliest]
+        self._random = [row for row, draw in enumerate(draws) if draw.sequence.params.temperature > 0]
+        self._drawn: RandomRows | None = None
+        if self._random:
+            self._drawn = RandomRows(
+                _rows(logits, self._random),
+                [draws[row].sequence.params for row in self._random],
+                [_uniform(draws[row]) for row in self._random],
+            )
+            told += self._drawn.first()
+        self._told = torch.cat(told)
+
+    @torch.inference_mode()
+    def read(self) -> list[Sampled]:
+        """A token for each draw. Waits for the device."""
+        tokens = self._tokens()
+        results = [Sampled(token) for token in tokens]
+        finite = [place for place, row in enumerate(self._reported) if tokens[row] is not None]
+        if self._logprobs is not None and finite:
+            rows = [self._reported[place] for place in finite]
+            counts = [self._draws[row].sequence.params.logprobs or 0 for row in rows]
+            chosen = [tokens[row] or 0 for row in rows]
+            for row, report in zip(
+                rows, _reports(_rows(self._logprobs, finite), chosen, counts), strict=True
+            ):
+                results[row] = Sampled(tokens[row], report)
+        return results
+
+    def _tokens(self) -> list[int | None]:
+        """None where the logits are not finite."""
+        told = iter(self._told.tolist())
+        finite, tokens = (list(islice(told, len(self._draws))) for _ in range(2))
+        if self._drawn is not None:
+            drawn, certain = (list(islice(told, len(self._random))) for _ in range(2))
+            unsure = [place for place, row in enumerate(self._random) if finite[row] and not certain[place]]
+            for place, token in (dict(enumerate(drawn)) | self._drawn.settled(unsure)).items():
+                tokens[self._random[place]] = token
+        return [token if ok else None for ok, token in zip(finite, tokens, strict=True)]
 
 
 def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """A copy, unless these are all rows."""
-    return tensor if len(rows) == len(tensor) else tensor[rows]
-
-
-def _tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int | None]:
-    """The token of each draw, None where the logits are not finite."""
-    highest, likeliest = logits.max(-1)  # NaN wins a maximum, so this finds it
-    told = [torch.isfinite(highest).long(), likeliest]
-    random_rows = [row for row, draw in enumerate(draws) if draw.sequence.params.temperature > 0]
-    if not random_rows:
-        return _finite(*torch.stack(told).tolist())
-    rows = RandomRows(
-        _rows(logits, random_rows),
-        [draws[row].sequence.params for row in random_rows],
-        [_uniform(draws[row]) for row in random_rows],
-    )
-    read = torch.cat([*told, *rows.first()]).tolist()
-    cut = len(draws), 2 * len(draws), 2 * len(draws) + len(random_rows)
-    finite, tokens, drawn, certain = (
-        read[: cut[0]],
-        read[cut[0] : cut[1]],
-        read[cut[1] : cut[2]],
-        read[cut[2] :],
-    )
-    unsure = [place for place, row in enumerate(random_rows) if finite[row] and not certain[place]]
-    for place, token in (dict(enumerate(drawn)) | rows.settled(unsure)).items():
-        tokens[random_rows[place]] = token
-    return _finite(finite, tokens)
-
-
-def _finite(finite: list[int], tokens: list[int]) -> list[int | None]:
-    return [token if ok else None for ok, token in zip(finite, tokens, strict=True)]
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, on_device(rows, tensor.device))
 
 
 def _adjust(row: torch.Tensor, draw: Draw, end_tokens: tuple[int, ...]) -> None:
     sequence, params, output = draw.sequence, draw.sequence.params, draw.output
     if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=row.device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+        ids = on_device(list(params.logit_bias), row.device)
+        row[ids] += on_device(list(params.logit_bias.values()), row.device, row.dtype)
     if len(output) < params.min_tokens:
         blocked = [*end_tokens, *params.stop_token_ids]
-        row[torch.tensor(blocked, dtype=torch.long, device=row.device)] = -torch.inf
+        row.index_fill_(0, on_device(blocked, row.device), -torch.inf)
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*sequence.prompt, *output}), device=row.device)
+        seen = on_device(list({*sequence.prompt, *output}), row.device)
         values = row[seen]
         row[seen] = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
     if output and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(output)
-        ids = torch.tensor(list(counts), device=row.device)
-        times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+        ids = on_device(list(counts), row.device)
+        times = on_device(list(counts.values()), row.device, row.dtype)
         row[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
@@ -115,9 +119,10 @@ def _constrain(logits: torch.Tensor, draws: list[Draw]) -> None:
     allowed = {row: one.allowed() for row, one in constraints.items() if one is not None}
     if not allowed:
         return
-    packed = torch.frombuffer(bytearray().join(allowed.values()), dtype=torch.uint8).to(logits.device)
+    bits = torch.frombuffer(bytearray().join(allowed.values()), dtype=torch.uint8)
+    packed = bits.to(logits.device, non_blocking=True)
     added = _added(logits.device).index_select(0, packed.int()).view(len(allowed), -1)
-    rows = torch.tensor(list(allowed), device=logits.device)
+    rows = on_device(list(allowed), logits.device)
     known = min(added.shape[1], logits.shape[1])
     logits[:, :known].index_add_(0, rows, added[:, :known])
     logits[:, known:].index_fill_(0, rows, -torch.inf)  # ids that the tokenizer lacks
@@ -127,7 +132,7 @@ def _constrain(logits: torch.Tensor, draws: list[Draw]) -> None:
 def _added(device: torch.device) -> torch.Tensor:
     """`[256, 8]`: for every byte of allowed tokens what is added to the eight logits, lowest bit first."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return torch.where(bits == 1, 0.0, -torch.inf).to(device)
+    return torch.where(bits == 1, 0.0, -torch.inf).to(device, non_blocking=True)
 
 
 def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> None:

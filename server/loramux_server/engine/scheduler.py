@@ -72,6 +72,7 @@ class Scheduler:
         self.waiting = WaitingLine(limits.quantum)
         self.preemptions = 0
         self._long_left = 0  # tokens that long prompts may still have of this step
+        self._ahead: list[Scheduled] = []
 
     @property
     def has_work(self) -> bool:
@@ -85,12 +86,35 @@ class Scheduler:
         decodes = any(sequence.num_pending == 1 for sequence in self.running)
         limits = self.limits
         self._long_left = (decodes and limits.long_prompt_tokens) or limits.max_num_batched_tokens
-        self._continue_running(plan)
+        ahead, self._ahead = self._ahead, []
+        going_on = [item for item in ahead if item.sequence.status is Status.RUNNING]
+        if len(going_on) == len(self.running):
+            plan.scheduled.extend(going_on)
+        else:
+            self._continue_running(plan)
         budget = self.limits.max_num_batched_tokens - sum(item.count for item in plan.scheduled)
         self._admit_waiting(plan, budget)
         if self.drafter is not None:
             self._add_drafts(plan, self.drafter)
         return plan
+
+    def look_ahead(self, running: list[Scheduled]) -> list[Scheduled]:
+        """Who goes on after this step, while it runs: all whose next token is not their last.
+
+        Nobody, and the next step is made when it comes, where more than decoding is to be done, or blocks are short. Where
+        somebody ends with this step, or joins, the next one has less or more.
+        """
+        self._ahead = []
+        if self.drafter is not None or len(running) != len(self.running):
+            return []
+        going_on = [one.sequence for one in running if one.sequence.num_left > 1]
+        lacking = sum(self.blocks.lacking(one, one.num_tokens + 1) for one in going_on)
+        if any(one.sequence.num_pending > 1 for one in running) or lacking > self.blocks.num_free:
+            return []
+        for sequence in going_on:
+            self.blocks.grow(sequence, sequence.num_tokens + 1)
+        self._ahead = [Scheduled(sequence, 1) for sequence in going_on]
+        return self._ahead
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back all it holds."""

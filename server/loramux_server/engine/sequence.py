@@ -76,6 +76,11 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
+    def num_left(self) -> int:
+        """Tokens that may still come."""
+        return self.params.max_tokens - len(self.output)
+
+    @property
     def num_reusable(self) -> int:
         """Tokens that may come from the prefix cache: not the last, nor any whose logits are still to be scored."""
         scored = len(self.prompt_scores)
