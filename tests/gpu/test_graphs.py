@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.server.support import EngineFactory
+from loramux_server.engine.sampler import Sampled, Sampling
+from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
 from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, mixed
 
 
@@ -33,3 +36,39 @@ def test_an_adapter_is_loaded_while_a_graph_is_recorded(make_engine: EngineFacto
     assert engine.runner.graphs is not None
     assert engine.runner.graphs.works
     assert found == answers(make_engine("llama", enforce_eager=True), wanted)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_a_decoding_step_waits_for_the_device_once(
+    enforce_eager: bool, make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its tokens are read the host goes on: torch refuses all that would wait."""
+    engine = make_engine("llama", lora_rows=32, max_loras=2, enforce_eager=enforce_eager)
+    ref = write_adapter(tmp_path / "one", engine.base.geometry, Recipe(r=8))
+    params: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9, "logprobs": 2},
+        {"repetition_penalty": 1.2, "logit_bias": {7: 1.0}, "min_tokens": 90},
+    ]
+    for number, one in enumerate(params):
+        adapter = ref if number % 2 else None
+        engine.add(request(f"r{number}", [5, 6, 7 + number], adapter, max_tokens=99, ignore_eos=True, **one))
+    for _ in range(20):
+        step(engine)
+    assert len(engine.scheduler.running) == len(params)
+    real, waited = Sampling.read, list[bool]()
+
+    def read(sampling: Sampling) -> list[Sampled]:
+        torch.cuda.set_sync_debug_mode("default")
+        waited.append(True)
+        return real(sampling)
+
+    monkeypatch.setattr(Sampling, "read", read)
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waited) == 3

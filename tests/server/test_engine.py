@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest, TokenOutput
+from loramux_server.engine.sampler import Sampling
 from tests.server.support import (
     EngineFactory,
     Recipe,
@@ -84,6 +86,64 @@ def test_no_interleaving_leaks(crowded: tuple[Engine, list[AdapterRef]], events:
     assert finished | aborted >= set(added)
     assert engine.blocks.num_used == 0
     assert all(slot.references == 0 for slot in engine.bank.tier.slots.values())
+
+
+def test_looking_ahead_changes_no_step(make_engine: EngineFactory) -> None:
+    """Requests that come and end while others decode, and few blocks: the same tokens in the same steps."""
+    wanted = [
+        (
+            3 * i,
+            request(
+                f"r{i}", list(range(5, 9 + 7 * i)), max_tokens=6 + 9 * (i % 3), seed=i, temperature=i % 2
+            ),
+        )
+        for i in range(8)
+    ]
+
+    def steps(engine: Engine) -> tuple[dict[str, list[int]], list[int], int]:
+        sizes: list[int] = []
+        real = engine.step
+
+        def noted() -> Any:
+            output = real()
+            sizes.append(output.stats.batch_tokens)
+            engine.check_integrity()
+            return output
+
+        engine.step = noted  # type: ignore[method-assign]
+        answers = run(engine, wanted)
+        return {name: tokens_of(one) for name, one in answers.items()}, sizes, engine.scheduler.preemptions
+
+    ahead, plain = make_engine(num_blocks=6), make_engine(num_blocks=6)
+    plain.scheduler.look_ahead = lambda running: []  # type: ignore[method-assign]
+    found = steps(ahead)
+    assert found == steps(plain)
+    assert found[2] > 0
+
+
+def test_a_step_that_decodes_is_laid_out_before_the_last_one_is_read(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    events: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*arguments: Any) -> Any:
+            events.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(engine.runner, "_lay_out")
+    note(engine.scheduler, "_continue_running")
+    note(Sampling, "read")
+    run(engine, [(0, request("a", [5, 6, 7], max_tokens=6)), (0, request("b", [5, 8, 9], max_tokens=4))])
+    prompts = ["_lay_out", "read"]  # more than decoding: the next step is made when it comes
+    first = ["_continue_running", "_lay_out", "_lay_out", "read"]
+    b_ends = ["_lay_out", "read"]  # known beforehand, so `a` alone was laid out
+    assert events == [*prompts, *first, "_lay_out", "read", *b_ends, "_lay_out", "read", "read"]
 
 
 def test_what_others_left_in_the_cache_reaches_nobody(make_engine: EngineFactory) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loramux_server.engine import sampler
+from loramux_server.engine import drawing, sampler
 from loramux_server.engine.messages import SamplingParams
 from loramux_server.engine.sampler import Sampled
 from loramux_server.engine.sequence import Draw, Sequence
@@ -328,6 +328,23 @@ def test_nothing_waits_for_the_device_before_tokens_are_read() -> None:
         assert mode.copies > 8
         with pytest.raises(RuntimeError, match="meta"):
             sampling.read()
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_allowed_by_a_grammar() -> None:
+    row = logits_row(3, vocab=VOCAB + 40)
+    row[VOCAB + 7] = 99.0
+    free, bound = sequence(temperature=0.0), sequence(temperature=0.0)
+    bound.constraint = _Everything()
+    assert draw(row, free).token == VOCAB + 7
+    assert draw(row, bound).token == int(row[:VOCAB].argmax())
+    both = sample(torch.stack([row, row]), [free, bound], END)
+    assert [one.token for one in both] == [VOCAB + 7, int(row[:VOCAB].argmax())]
+
+
+def test_rounding_below_zero_picks_nothing_of_weight_zero() -> None:
+    ends = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    assert drawing._passing(ends, torch.tensor([[-1e-18]], dtype=torch.float64)).item() == 2
+    assert drawing._passing(ends, torch.tensor([[1.0 + 1e-15]], dtype=torch.float64)).item() == 2
 
 
 def test_a_seed_depends_on_the_position_but_not_on_how_often_it_is_asked() -> None:
