@@ -57,33 +57,25 @@ class Case:
         return Ragged(self.table[picked], torch.arange(len(picked) + 1), self.lengths[picked], most=1)
 
 
+@st.composite
+def kinds(draw: st.DrawFn) -> tuple[AttentionShape, dict[str, Any]]:
+    """What is attended over, and how."""
+    kv_heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([32, 64, 96, 128]))
+    heads = draw(st.integers(1, 9)) * kv_heads
+    shape = AttentionShape(draw(st.sampled_from([1, 8, 16, 20, 32])), heads, kv_heads, size)
+    window, softcap = draw(st.sampled_from([None, 1, 7, 40, 500])), draw(st.sampled_from([None, 2.0]))
+    return shape, {"scale": size**-0.5, "window": window, "softcap": softcap}
+
+
 @settings(deadline=None)  # sizes differ by far
-@given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
-    group=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    size=st.sampled_from([32, 64, 96, 128]),
-    block_size=st.sampled_from([1, 8, 16, 20, 32]),
-    window=st.sampled_from([None, 1, 7, 40, 500]),
-    softcap=st.sampled_from([None, 2.0]),
-    seed=st.integers(0, 9),
-)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20), kind=kinds(), seed=st.integers(0, 9))
 def test_against_the_reference(
-    native: Native,
-    lengths: list[int],
-    group: int,
-    kv_heads: int,
-    size: int,
-    block_size: int,
-    window: int | None,
-    softcap: float | None,
-    seed: int,
+    native: Native, lengths: list[int], kind: tuple[AttentionShape, dict[str, Any]], seed: int
 ) -> None:
-    shape = AttentionShape(block_size, group * kv_heads, kv_heads, size)
+    shape, options = kind
     kernel = attention_kernels(CPU, torch.bfloat16, shape, native).decode
     assert kernel is not None
     case = Case(lengths, shape, seed)
-    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "softcap": softcap}
     out = torch.full_like(case.query, float("nan"))
     kernel(case.query, case.store, case.rows(), out, **options)
     expected = reference(case.query, case.store, case.rows(), **options)
@@ -97,27 +89,17 @@ def test_against_the_reference(
 @settings(deadline=None)
 @given(
     sequences=st.lists(st.tuples(st.integers(1, 70), st.integers(0, 80)), min_size=1, max_size=4),
-    group=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    size=st.sampled_from([32, 64, 96, 128]),
-    block_size=st.sampled_from([1, 8, 16, 20, 32]),
-    window=st.sampled_from([None, 1, 7, 40, 500]),
-    softcap=st.sampled_from([None, 2.0]),
+    kind=kinds(),
     seed=st.integers(0, 9),
 )
 def test_prompts_against_the_reference(
     native: Native,
     sequences: list[tuple[int, int]],
-    group: int,
-    kv_heads: int,
-    size: int,
-    block_size: int,
-    window: int | None,
-    softcap: float | None,
+    kind: tuple[AttentionShape, dict[str, Any]],
     seed: int,
 ) -> None:
     """Each sequence: its rows in this step, and the tokens before them."""
-    shape = AttentionShape(block_size, group * kv_heads, kv_heads, size)
+    shape, options = kind
     kernel = attention_kernels(CPU, torch.bfloat16, shape, native).prefill
     assert kernel is not None
     case = Case([count + before for count, before in sequences], shape, seed)
@@ -125,10 +107,9 @@ def test_prompts_against_the_reference(
     before = 2  # rows that decode
     begins = torch.tensor([before, *counts]).cumsum(0)
     query = torch.randn(
-        int(begins[-1]), shape.heads, size, generator=torch.Generator().manual_seed(seed)
+        int(begins[-1]), shape.heads, shape.head_dim, generator=torch.Generator().manual_seed(seed)
     ).bfloat16()
     rows = Ragged(case.table, begins, case.lengths, max(counts))
-    options: dict[str, Any] = {"scale": size**-0.5, "window": window, "softcap": softcap}
     out = torch.full_like(query, float("nan"))
     kernel(query, case.store, rows, out, **options)
     expected = reference(query, case.store, rows, **options)
@@ -229,13 +210,13 @@ def test_where_there_is_no_kernel(
     assert attention_kernels(CPU, torch.float32, SHAPE, native) == none
     assert attention_kernels(CPU, torch.bfloat16, SHAPE) == none
     assert attention_kernels(CPU, torch.bfloat16, AttentionShape(16, 6, 2, 80), native) == none
-    monkeypatch.setattr(native, "attend", lambda query, store, table, lengths, out, **_: out.zero_())
+    monkeypatch.setattr(native, "attend", lambda query, store, rows, out, **_: out.zero_())
     with caplog.at_level(logging.WARNING):
         found = attention_kernels(CPU, torch.bfloat16, SHAPE, native)
     assert found.decode is None
     assert found.prefill is not None
     assert "decoding reads the gathered KV cache: the CPU kernel is wrong here" in caplog.text
-    monkeypatch.setattr(native, "attend_prompts", lambda query, store, *given, **_: given[-1].zero_())
+    monkeypatch.setattr(native, "attend_prompts", lambda query, store, rows, out, **_: out.zero_())
     with caplog.at_level(logging.WARNING):
         assert attention_kernels(CPU, torch.bfloat16, SHAPE, native) == none
     assert "prompts read the gathered KV cache: the CPU kernel is wrong here" in caplog.text

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -23,6 +23,7 @@ from loramux_adapters.native.recording import recorder
 logger = logging.getLogger(__name__)
 
 _ADDRESS, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_ATTENTION = [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2
 _SIGNATURES = {
     "loramux_rms_norm": (None, [_ADDRESS] * 3 + [_LONG] * 2 + [_FLOAT, _INT]),
     "loramux_rotate": (None, [_ADDRESS] * 4 + [_LONG] * 5),
@@ -36,8 +37,8 @@ _SIGNATURES = {
     "loramux_tile_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
     "loramux_vectors": (_INT, []),
     "loramux_vector_product": (_INT, [_ADDRESS] * 6 + [_LONG] * 3),
-    "loramux_attend": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 4 + [_LONG] * 7 + [_FLOAT] * 2),
-    "loramux_attend_prompts": (_INT, [_ADDRESS, _LONG] + [_ADDRESS] * 5 + [_LONG] * 8 + [_FLOAT] * 2),
+    "loramux_attend": (_INT, _ATTENTION),
+    "loramux_attend_prompts": (_INT, [*_ATTENTION, _ADDRESS, _LONG]),
 }
 
 
@@ -76,6 +77,21 @@ def takes(*tensors: torch.Tensor) -> bool:
     return all(
         tensor.dtype == torch.bfloat16 and tensor.is_cpu and tensor.stride(-1) == 1 for tensor in tensors
     )
+
+
+class BlockRows(Protocol):
+    """Neighbouring rows of a step, of `n` sequences whose tokens lie in blocks."""
+
+    @property
+    def block_table(self) -> torch.Tensor: ...  # [n, width] int64
+    @property
+    def begins(self) -> torch.Tensor: ...  # [n + 1] int64: sequence i has rows begins[i] up to begins[i + 1]
+    @property
+    def lengths(
+        self,
+    ) -> torch.Tensor: ...  # [n] int64: tokens that its last row sees, the row before one less
+    @property
+    def most(self) -> int: ...  # rows of one sequence
 
 
 @dataclass(frozen=True)
@@ -198,75 +214,46 @@ class Native:
             raise MemoryError("no memory for an adapter's product")
 
     def attend(
-        self,
-        query: torch.Tensor,
-        cache: torch.Tensor,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        self, query: torch.Tensor, cache: torch.Tensor, rows: BlockRows, out: torch.Tensor, **options: Any
     ) -> None:
-        """Decoding rows, as `AttentionKernel` in the server's paged_batch.py; head sizes are multiples of 32.
-
-        query `[n, heads, size]`, a row's heads contiguous; cache `[blocks, block_size, 2, kv_heads, size]`; table
-        `[n, width]` and lengths `[n]` int64; out `[n, heads, size]` contiguous.
-        """
-        _, block_size, _, kv_heads, size = cache.shape
-        failed = self._call(
-            self._attend,
-            query.data_ptr(),
-            query.stride(0),
-            cache.data_ptr(),
-            out.data_ptr(),
-            table.data_ptr(),
-            lengths.data_ptr(),
-            lengths.shape[0],
-            table.shape[1],
-            query.shape[1],
-            kv_heads,
-            size,
-            block_size,
-            window or 0,
-            scale,
-            softcap or 0.0,
-        )
-        if failed:
-            raise MemoryError("no memory for attention's scores")
+        """Decoding rows, one of each sequence; sizes and options as in `_over_blocks`."""
+        self._over_blocks(self._attend, (), query, cache, rows, out, **options)
 
     def attend_prompts(
+        self, query: torch.Tensor, cache: torch.Tensor, rows: BlockRows, out: torch.Tensor, **options: Any
+    ) -> None:
+        """Rows of prompts, neighbours of each sequence; sizes and options as in `_over_blocks`."""
+        own = rows.begins.data_ptr(), rows.most
+        self._over_blocks(self._attend_prompts, own, query, cache, rows, out, **options)
+
+    def _over_blocks(
         self,
+        function: Callable[..., int],
+        own: tuple[int, ...],
         query: torch.Tensor,
         cache: torch.Tensor,
-        table: torch.Tensor,
-        begins: torch.Tensor,
-        lengths: torch.Tensor,
-        longest: int,
+        rows: BlockRows,
         out: torch.Tensor,
         *,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
     ) -> None:
-        """Rows of prompts: sequence i has rows begins[i] up to begins[i + 1], `longest` at most; else as `attend`.
+        """As `AttentionKernel` in the server's paged_batch.py; head sizes are multiples of 32.
 
-        begins `[n + 1]` int64; the last row of a sequence sees lengths[i] tokens, the one before it one less.
+        query `[T, heads, size]`, a row's heads contiguous; cache `[blocks, block_size, 2, kv_heads, size]`; out
+        `[T, heads, size]` contiguous.
         """
         _, block_size, _, kv_heads, size = cache.shape
         failed = self._call(
-            self._attend_prompts,
+            function,
             query.data_ptr(),
             query.stride(0),
             cache.data_ptr(),
             out.data_ptr(),
-            table.data_ptr(),
-            begins.data_ptr(),
-            lengths.data_ptr(),
-            lengths.shape[0],
-            table.shape[1],
-            longest,
+            rows.block_table.data_ptr(),
+            rows.lengths.data_ptr(),
+            *rows.block_table.shape,
             query.shape[1],
             kv_heads,
             size,
@@ -274,6 +261,7 @@ class Native:
             window or 0,
             scale,
             softcap or 0.0,
+            *own,
         )
         if failed:
             raise MemoryError("no memory for attention's scores")

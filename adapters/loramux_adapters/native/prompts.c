@@ -228,12 +228,12 @@ static void attend(void *data)
     }
 }
 
-/* query `[T, heads, size]`, rows with their stride; cache `[blocks, block_size, 2, kv_heads, size]`; sequence i has the rows
- * begins[i] up to begins[i + 1], its last one sees lengths[i] tokens; table `[sequences, width]`; longest: rows of one sequence, at
- * most; out `[T, heads, size]`. window 0: all tokens; softcap 0: none. Returns 1 if there was no memory. */
+/* query `[T, heads, size]`, rows with their stride; cache `[blocks, block_size, 2, kv_heads, size]`; table `[sequences, width]`;
+ * the last row of sequence i sees lengths[i] tokens; window 0: all; softcap 0: none; it has the rows begins[i] up to
+ * begins[i + 1], longest: the most of one; out `[T, heads, size]`. Returns 1 if there was no memory. */
 int loramux_attend_prompts(const bf16 *query, long query_stride, const bf16 *cache, bf16 *out, const int64_t *table,
-                           const int64_t *begins, const int64_t *lengths, long sequences, long width, long longest, long heads,
-                           long kv_heads, long size, long block_size, long window, float scale, float softcap)
+                           const int64_t *lengths, long sequences, long width, long heads, long kv_heads, long size,
+                           long block_size, long window, float scale, float softcap, const int64_t *begins, long longest)
 {
     long group = heads / kv_heads, most = group < ROWS ? ROWS / group : 1;
     struct Prompts prompts = {query, cache, out, table, begins, lengths, sequences, width, heads, kv_heads, size, block_size,

@@ -118,16 +118,12 @@ def _on_cpu(
     def decode(
         query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
     ) -> None:
-        query = checked(query, store, out)
-        native.attend(query, store, rows.block_table, rows.lengths, out, **options)
+        native.attend(checked(query, store, out), store, rows, out, **options)
 
     def prefill(
         query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
     ) -> None:
-        query = checked(query, store, out)
-        native.attend_prompts(
-            query, store, rows.block_table, rows.begins, rows.lengths, rows.most, out, **options
-        )
+        native.attend_prompts(checked(query, store, out), store, rows, out, **options)
 
     def is_right(what: str, kernel: AttentionKernel, sequences: Sequences) -> bool:
         distance = probe(kernel, device, dtype, shape, sequences)
