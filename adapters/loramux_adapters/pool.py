@@ -18,6 +18,7 @@ from loramux_adapters.layers import AdapterBatch, Expand, MultiLoraLinear, Shrin
 from loramux_adapters.native.library import Native
 from loramux_adapters.native.row_adapters import row_adapters
 from loramux_adapters.residency import Slot
+from loramux_adapters.transfer import sent
 
 # Reordering costs about as much as it saves in five steps.
 _STEADY_STEPS = 8
@@ -145,4 +146,4 @@ class DevicePool:
             table[number, begin : begin + slot.rows] = False
             index[slot.generation] = number
         picks = torch.tensor([index[row] for row in rows])
-        return table[picks].to(self.device, non_blocking=True)
+        return sent(table[picks], self.device)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from loramux_adapters.transfer import sendable
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import AttentionKernels, PagedBatch
 from loramux_server.engine.recorded_adapters import RecordedAdapters
@@ -140,11 +141,14 @@ class DecodeGraphs:
 
     def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
         count, width = paged.block_table.shape
-        self._tokens[0, :count].copy_(torch.tensor(tokens), non_blocking=True)
-        self._positions[0, :count].copy_(torch.tensor(positions), non_blocking=True)
-        self._slots[:count].copy_(paged.slots, non_blocking=True)
-        self._lengths[:count].copy_(paged.lengths, non_blocking=True)
-        self._table[:count, :width].copy_(paged.block_table, non_blocking=True)
+        for own, new in (
+            (self._tokens[0, :count], torch.tensor(tokens)),
+            (self._positions[0, :count], torch.tensor(positions)),
+            (self._slots[:count], paged.slots),
+            (self._lengths[:count], paged.lengths),
+            (self._table[:count, :width], paged.block_table),
+        ):
+            own.copy_(sendable(new, own.device), non_blocking=True)
 
     def _fill_up(self, count: int, size: int) -> None:
         """From row `count` on, rows of one token in nobody's block."""

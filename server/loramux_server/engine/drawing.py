@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from loramux_adapters.transfer import on_device
 from loramux_server.engine.messages import SamplingParams
-from loramux_server.engine.transfer import on_device
 
 # Filters look at so many of the likeliest tokens first, and at all of them only if more could be kept.
 _CANDIDATES = (256, 4096)

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
+from loramux_adapters.transfer import on_device, sent
 from loramux_server.engine.kv_store import KVStore
-from loramux_server.engine.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +92,11 @@ class PagedBatch:
     def to(self, device: torch.device) -> PagedBatch:
         return replace(
             self,
-            slots=self.slots.to(device, non_blocking=True),
-            begun=self.begun.to(device, non_blocking=True),
-            block_table=self.block_table.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
-            chunks=[
-                replace(chunk, blocks=chunk.blocks.to(device, non_blocking=True)) for chunk in self.chunks
-            ],
+            slots=sent(self.slots, device),
+            begun=sent(self.begun, device),
+            block_table=sent(self.block_table, device),
+            lengths=sent(self.lengths, device),
+            chunks=[replace(chunk, blocks=sent(chunk.blocks, device)) for chunk in self.chunks],
             _masks={},
         )
 

@@ -18,6 +18,7 @@ from loramux_adapters.bank import AdapterBank
 from loramux_adapters.native.library import Tiles
 from loramux_adapters.native.row_adapters import RowAdapters, tiles_of
 from loramux_adapters.stack import AdapterStack
+from loramux_adapters.transfer import sendable
 
 Rows = Sequence[str | None]  # the generation of each
 
@@ -70,7 +71,8 @@ class StackedAdapters:
     def fill(self, rows: Rows, size: int, kind: Hashable) -> None:
         if kind:
             mask = self._stack.foreign([*rows, *[None] * (size - len(rows))])
-            self._mask(size, kind).copy_(mask, non_blocking=True)
+            own = self._mask(size, kind)
+            own.copy_(sendable(mask, own.device), non_blocking=True)
 
     def select(self, size: int, kind: Hashable) -> None:
         assert isinstance(kind, int)

@@ -15,6 +15,7 @@ import torch
 
 from loramux_adapters.bank import AdapterBank
 from loramux_adapters.errors import BaseModelError
+from loramux_adapters.transfer import on_device
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels
@@ -25,7 +26,6 @@ from loramux_server.engine.recorded_adapters import recorded_adapters
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
 from loramux_server.engine.tape import MOST_ROWS, TapeRecorder
-from loramux_server.engine.transfer import on_device
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:

@@ -17,10 +17,10 @@ from itertools import islice
 
 import torch
 
+from loramux_adapters.transfer import on_device, sent
 from loramux_server.engine.drawing import RandomRows
 from loramux_server.engine.messages import TokenLogprobs
 from loramux_server.engine.sequence import Draw, Sequence
-from loramux_server.engine.transfer import on_device
 
 # Tokens of a prompt whose log-probabilities are computed together: a row is the whole vocabulary in fp32.
 _SCORED_AT_ONCE = 64
@@ -120,7 +120,7 @@ def _constrain(logits: torch.Tensor, draws: list[Draw]) -> None:
     if not allowed:
         return
     bits = torch.frombuffer(bytearray().join(allowed.values()), dtype=torch.uint8)
-    packed = bits.to(logits.device, non_blocking=True)
+    packed = sent(bits, logits.device)
     added = _added(logits.device).index_select(0, packed.int()).view(len(allowed), -1)
     rows = on_device(list(allowed), logits.device)
     known = min(added.shape[1], logits.shape[1])
@@ -132,7 +132,7 @@ def _constrain(logits: torch.Tensor, draws: list[Draw]) -> None:
 def _added(device: torch.device) -> torch.Tensor:
     """`[256, 8]`: for every byte of allowed tokens what is added to the eight logits, lowest bit first."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return torch.where(bits == 1, 0.0, -torch.inf).to(device, non_blocking=True)
+    return sent(torch.where(bits == 1, 0.0, -torch.inf), device)
 
 
 def score_prompt(sequence: Sequence, positions: range, logits: torch.Tensor) -> None:
