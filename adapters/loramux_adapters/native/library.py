@@ -80,18 +80,19 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 
 class BlockRows(Protocol):
-    """Neighbouring rows of a step, of `n` sequences whose tokens lie in blocks."""
+    """Neighbouring rows of a step, of `n` sequences whose tokens lie in blocks: `Ragged` in the server's paged_batch.py.
+
+    Sequence i has the rows begins[i] up to begins[i + 1], `most` of them at most; its last one sees lengths[i] tokens.
+    """
 
     @property
     def block_table(self) -> torch.Tensor: ...  # [n, width] int64
     @property
-    def begins(self) -> torch.Tensor: ...  # [n + 1] int64: sequence i has rows begins[i] up to begins[i + 1]
+    def begins(self) -> torch.Tensor: ...  # [n + 1] int64
     @property
-    def lengths(
-        self,
-    ) -> torch.Tensor: ...  # [n] int64: tokens that its last row sees, the row before one less
+    def lengths(self) -> torch.Tensor: ...  # [n] int64
     @property
-    def most(self) -> int: ...  # rows of one sequence
+    def most(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,10 @@ class RandomRows:
         kept = values * keep
         # A token stays if the probability before it has not reached top_p of what the other filters left. Without them
         # that is everything, of which the candidates are only a part.
-        left = torch.where(by_rank | by_share, kept.sum(-1, dtype=torch.float64), _sums(probs).sum(-1))
-        before = kept.cumsum(-1, dtype=torch.float64) - kept
-        keep &= (before < (top_p * left)[:, None]) | (top_p >= 1.0)[:, None]
-        by_top_p = ~(by_rank | by_share) & (values.sum(-1, dtype=torch.float64) >= top_p)
+        ends = kept.cumsum(-1, dtype=torch.float64)
+        left = torch.where(by_rank | by_share, ends[:, -1], _sums(probs).sum(-1))
+        keep &= (ends - kept < (top_p * left)[:, None]) | (top_p >= 1.0)[:, None]
+        by_top_p = ~(by_rank | by_share) & (ends[:, -1] >= top_p)
         certain = (
             by_top_p | (by_rank & (top_k <= count)) | (by_share & (values[:, -1] < min_p * values[:, 0]))
         )
