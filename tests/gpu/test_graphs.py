@@ -10,7 +10,7 @@ import torch
 
 from loramux_server.engine.sampler import Sampled, Sampling
 from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
-from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, mixed
+from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, decode_alone, mixed
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -22,7 +22,9 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     engine = make_engine(architecture, **options)
     assert plain.runner.graphs is None
     assert engine.runner.graphs is not None
-    wanted = mixed(adapters(plain, tmp_path))
+    refs = adapters(plain, tmp_path)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
     assert answers(engine, wanted) == answers(plain, wanted)
     assert engine.runner.graphs.works
     assert {ranks for _, ranks in engine.runner.graphs._recordings} >= {0, 16, 32}
