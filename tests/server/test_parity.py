@@ -93,7 +93,7 @@ def test_preemption_recomputes_the_same_tokens(make_engine: EngineFactory, tmp_p
         request(f"r{i}", list(range(5 + i, 37 + i)), ref if i % 2 else None, max_tokens=40) for i in range(4)
     ]
     expected = run(roomy, [(0, item) for item in requests])
-    tight = make_engine("llama", num_blocks=10)
+    tight = make_engine("llama", num_blocks=9)  # not for two, however long an adapter takes to load
     got = run(tight, [(0, item) for item in requests])
     assert tight.scheduler.preemptions > 0
     for item in requests:
