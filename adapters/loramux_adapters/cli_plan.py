@@ -45,7 +45,7 @@ def plan_command(demo: Callable[[], tuple[Path, str]], cpu_dtype: Callable[[], s
     def plan(
         model: Annotated[str, typer.Option(help="Base model: a directory, a hub id, or demo. Only its config is read.")],
         revision: Annotated[str | None, typer.Option(help="Hub revision of the base.")] = None,
-        device: Annotated[str, typer.Option(help="cuda, or cpu, which multiplies a dense copy of the weights.")] = "cuda",
+        device: Annotated[str, typer.Option(help="cuda, or cpu: what it takes without compiled kernels.")] = "cuda",
         dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16 or float32.")] = "auto",
         r: Annotated[int | None, typer.Option(help="Rank of the adapter.", show_default="16")] = None,
         target_modules: Annotated[
@@ -94,8 +94,7 @@ def plan_command(demo: Callable[[], tuple[Path, str]], cpu_dtype: Callable[[], s
             )
             # What can be wrong without the model is said before it is looked for.
             recipe = Recipe.parse({name: value for name, value in fields.items() if value is not None})
-            on = _one_of("device", device, _DEVICES)
-            type_ = _type(dtype, on, cpu_dtype)
+            on, type_ = _place(device, dtype, cpu_dtype)
             made = _plan(model, revision, on, type_, recipe, serving, max_model_len, _bytes(gpu_memory), demo)
             _print(made, as_json=as_json)
 
@@ -121,11 +120,12 @@ def _plan(
     )
 
 
-def _type(dtype: str, device: Device, cpu_dtype: Callable[[], str]) -> str:
-    named = _one_of("dtype", dtype, ("auto", *_DTYPES))
+def _place(device: str, dtype: str, cpu_dtype: Callable[[], str]) -> tuple[Device, str]:
+    """Where it computes and in which type."""
+    on, named = _one_of("device", device, _DEVICES), _one_of("dtype", dtype, ("auto", *_DTYPES))
     if named != "auto":
-        return named
-    return cpu_dtype() if device == "cpu" else "bfloat16"
+        return on, named
+    return on, cpu_dtype() if on == "cpu" else "bfloat16"
 
 
 def _one_of(flag: str, given: str, known: tuple[_Word, ...]) -> _Word:

@@ -16,12 +16,15 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_group
 
 from loramux_adapters import __version__
+from loramux_adapters.native import library
 from loramux_server import cli
 from loramux_server.banner import QUESTION, banner
 
@@ -124,6 +127,23 @@ def test_the_list_says_of_a_command_what_it_says_itself(loramux: Any, name: str)
     assert summary
     assert summary in " ".join(outcome.out.split())
     assert listed.hidden == (name == "merge")
+
+
+@pytest.mark.parametrize(
+    ("native", "bf16", "dtype"),
+    [
+        (SimpleNamespace(products="vectors"), False, "bfloat16"),
+        (SimpleNamespace(products=None), False, "float32"),
+        (None, False, "float32"),  # no compiler
+        (None, True, "bfloat16"),
+    ],
+)
+def test_auto_on_a_cpu_is_bf16_where_something_multiplies_it(
+    native: object, bf16: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "load_native", lambda directory: native)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: bf16)
+    assert cli._cpu_dtype() == dtype
 
 
 def test_a_plan_has_the_type_that_a_base_is_loaded_in(

@@ -115,7 +115,7 @@ def test_looking_ahead_changes_no_step(make_engine: EngineFactory) -> None:
         return {name: tokens_of(one) for name, one in answers.items()}, sizes, engine.scheduler.preemptions
 
     ahead, plain = make_engine(num_blocks=6), make_engine(num_blocks=6)
-    plain.scheduler.look_ahead = lambda running: []  # type: ignore[method-assign]
+    plain.scheduler.look_ahead = lambda items: []  # type: ignore[method-assign]
     found = steps(ahead)
     assert found == steps(plain)
     assert found[2] > 0

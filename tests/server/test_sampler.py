@@ -275,7 +275,7 @@ def test_many_rows_draw_what_each_draws_alone() -> None:
         {"top_p": 0.9999},
         {"temperature": 0.0},
     ]
-    items = [sequence(seed=place, **kinds[place % len(kinds)]) for place in range(36)]
+    items = [sequence(seed=place, **kinds[place % len(kinds)]) for place in range(60)]
     rows = torch.stack([logits_row(place, 0.5 + place % 4, 20_001) for place in range(len(items))])
     together = [one.token for one in sample(rows.clone(), items, END)]
     assert together == [draw(row, item).token for row, item in zip(rows, items, strict=True)]
@@ -388,6 +388,14 @@ def test_minus_infinity_is_a_token_that_is_never_drawn() -> None:
     assert tokens == {3, 9}
     row[[3, 9]] = -math.inf
     assert draw(row, sequence()).token is None
+
+
+def test_rows_that_want_different_logprobs() -> None:
+    rows = torch.stack([logits_row(seed) for seed in range(4)])
+    items = [sequence(logprobs=count, seed=1) for count in (3, 0, None, 1)]
+    together = sample(rows.clone(), items, END)
+    assert together == [draw(row, item) for row, item in zip(rows, items, strict=True)]
+    assert [one.logprobs and len(one.logprobs.top) for one in together] == [3, 0, None, 1]
 
 
 def test_no_row_changes_another() -> None:

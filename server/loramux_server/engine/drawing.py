@@ -18,6 +18,8 @@ from loramux_server.engine.messages import SamplingParams
 
 # Filters look at so many of the likeliest tokens first, and at all of them only if more could be kept.
 _CANDIDATES = (256, 4096)
+# Rows whose candidates did not suffice, at a time: all of a vocabulary in order takes some 40 bytes a token.
+_TOGETHER = 16
 # Probabilities that are summed before a cumulative sum goes over the sums.
 _PART = 256
 
@@ -49,10 +51,11 @@ class RandomRows:
         """The tokens of these rows, by row. Waits for the device."""
         found: dict[int, int] = {}
         for candidates in (*_CANDIDATES[1:], self._probs.shape[1]):
-            if rows:
-                tokens, certain = torch.stack(self._draw(rows, candidates)).tolist()
-                found |= {row: token for row, token, sure in zip(rows, tokens, certain, strict=True) if sure}
-                rows = [row for row in rows if row not in found]
+            left = [row for row in rows if row not in found]
+            for begin in range(0, len(left), _TOGETHER):
+                part = left[begin : begin + _TOGETHER]
+                tokens, certain = torch.stack(self._draw(part, candidates)).tolist()
+                found |= {row: token for row, token, sure in zip(part, tokens, certain, strict=True) if sure}
         return found
 
     def _draw(self, rows: list[int], candidates: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,18 +98,18 @@ class Scheduler:
             self._add_drafts(plan, self.drafter)
         return plan
 
-    def look_ahead(self, running: list[Scheduled]) -> list[Scheduled]:
+    def look_ahead(self, items: list[Scheduled]) -> list[Scheduled]:
         """Who goes on after this step, while it runs: all whose next token is not their last.
 
         Nobody, and the next step is made when it comes, where more than decoding is to be done, or blocks are short. Where
         somebody ends with this step, or joins, the next one has less or more.
         """
         self._ahead = []
-        if self.drafter is not None or len(running) != len(self.running):
+        if self.drafter is not None or len(items) != len(self.running):
             return []
-        going_on = [one.sequence for one in running if one.sequence.num_left > 1]
+        going_on = [one.sequence for one in items if one.sequence.num_left > 1]
         lacking = sum(self.blocks.lacking(one, one.num_tokens + 1) for one in going_on)
-        if any(one.sequence.num_pending > 1 for one in running) or lacking > self.blocks.num_free:
+        if any(one.sequence.num_pending > 1 for one in items) or lacking > self.blocks.num_free:
             return []
         for sequence in going_on:
             self.blocks.grow(sequence, sequence.num_tokens + 1)
