@@ -24,6 +24,7 @@ from loramux_server.engine import restarts
 from loramux_server.engine.client import WorkerClient
 from loramux_server.engine.messages import AdapterRef, SamplingParams, StepOutput, TokenOutput
 from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.process import worker_environment
 from loramux_server.engine.watch import Watch
 from loramux_server.serve import worker_options
 
@@ -73,6 +74,16 @@ async def collect(
 
 def tokens(outputs: list[TokenOutput]) -> list[int]:
     return [token for output in outputs for token in output.tokens]
+
+
+async def test_a_worker_does_not_spin_for_long_unless_the_user_says_how_long(client: WorkerClient) -> None:
+    assert client.worker_pid is not None
+    given = Path(f"/proc/{client.worker_pid}/environ").read_bytes().split(b"\0")
+    assert [entry for entry in given if entry.startswith((b"GOMP_SPINCOUNT=", b"OMP_WAIT_POLICY="))] == [
+        b"GOMP_SPINCOUNT=10000"
+    ]
+    for own in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active", "HOME": "/"}):
+        assert worker_environment(own) == own
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -216,6 +227,7 @@ FAKE = """
     from pathlib import Path
     from loramux_server.engine.messages import COMMAND_DECODER, EVENT_ENCODER, Fatal, Ready
     from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.process import worker_environment
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerOptions)
     log = Path(__file__).with_suffix(".log")
     life = len(log.read_text().split()) if log.exists() else 0  # how many lived before this one
@@ -500,6 +512,7 @@ async def test_a_worker_ends_with_its_parent(tiny_model: Callable[[str], Path]) 
         import asyncio, msgspec
         from loramux_server.engine.client import WorkerClient
         from loramux_server.engine.options import WorkerOptions
+from loramux_server.engine.process import worker_environment
         async def main():
             client = WorkerClient(msgspec.json.decode({settings!r}, type=WorkerOptions))
             starting = asyncio.create_task(client.start())
