@@ -4,8 +4,8 @@ The form that every device has is the masked all-slots product. For the rows of 
 `[R, out]` the stacked factors of the adapters that are active in it, `Y = X W^T + mask(X A^T) B`, where the mask `[rows,
 R]` keeps a rank row only where it belongs to the row's adapter. Two dense products, no gather, no host synchronization.
 Linears that read the same input (q, k and v; gate and up) share the first product. One active adapter for every row: no
-mask. None: the base alone. On CPUs that have the compiled kernels each row is multiplied with its own factors
-(`native/row_adapters.py`). The scaling `lora_alpha / r` (or `/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is
+mask. None: the base alone. Where there are kernels for it, each row may be multiplied with its own factors instead
+(`row_adapters.py`). The scaling `lora_alpha / r` (or `/ sqrt(r)`, rsLoRA, https://arxiv.org/abs/2312.03732) is
 folded into B at load.
 
 Promises: a row whose adapter is None gets exactly the base's output; a row never sees another row's adapter, even if
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from loramux_adapters.kernels import DenseKernel
-from loramux_adapters.native.row_adapters import RowAdapters
+from loramux_adapters.row_adapters import RowAdapters
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,12 @@ class DevicePool:
         self.row_bytes = (
             sum(layer.in_features + layer.out_features for layer in layers.values()) * dtype.itemsize
         )
-        memory = {
+        self.memory = {  # of each linear, A and B
             name: (pool[member], self.b[name])
             for group, pool in zip(groups, self.a, strict=True)
             for member, name in enumerate(group)
         }
-        self.by_rows = row_adapters(native, memory)
+        self.by_rows = row_adapters(native, self.memory)
         self._cut: _Cut | None = None
 
     def fill(self, slot: Slot, factors: FactorMap) -> None:

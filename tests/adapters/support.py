@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from loramux_adapters.grouping import shared_inputs
 from loramux_adapters.layers import install
 from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import DeviceTier
+from loramux_adapters.row_adapters import RowAdapters, Tiles
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.weights import LoraWeights
 
@@ -123,3 +124,23 @@ def merged(plain: TinyModel, weights: LoraWeights | None) -> nn.Module:
             assert isinstance(linear, nn.Linear)
             linear.weight.data += weights.spec.scaling(name) * (b.float() @ a.float())
     return model
+
+
+def multiply_by_mask(
+    a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, tiles: Tiles, tile: int = 16
+) -> None:
+    """What a product row by row computes, in operations whose sizes do not depend on what the tables say."""
+    first, count, offset, rank = tiles.tiles.long().unsqueeze(-1).unbind(1)  # [n, 1] each
+    number = torch.arange(tile)
+    rows = tiles.rows.long()[(first + number).clamp(max=len(tiles.rows) - 1)]
+    rows = torch.where(number < count, rows, len(x))  # beyond the last: nobody's
+    begins, ends = (torch.zeros(len(x) + 1, dtype=torch.long) for _ in range(2))
+    begins[rows] = offset.expand_as(rows)
+    ends[rows] = (offset + rank).expand_as(rows)
+    ranks = torch.arange(len(a))
+    own = (ranks >= begins[:-1, None]) & (ranks < ends[:-1, None])
+    y += (x @ a.T).masked_fill(~own, 0.0) @ b
+
+
+def by_mask(memory: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> RowAdapters:
+    return RowAdapters(multiply_by_mask, memory, tile=16)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from loramux_adapters import row_choice
+from loramux_adapters.row_adapters import RowAdapters
+from loramux_adapters.row_choice import ByRows
 from loramux_server.engine.sampler import Sampled, Sampling
 from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
 from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, decode_alone, mixed
@@ -27,7 +31,39 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     decode_alone(engine, refs[0])
     assert answers(engine, wanted) == answers(plain, wanted)
     assert engine.runner.graphs.works
-    assert {ranks for _, ranks in engine.runner.graphs._recordings} >= {0, 16, 32}
+    assert 0 in {kind for _, kind in engine.runner.graphs._recordings}
+
+
+@pytest.mark.parametrize("sizes", [set(), {16}, {16, 32}])
+def test_row_by_row_and_as_one_are_the_same_tokens(
+    sizes: set[int],
+    make_engine: EngineFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both forms are timed, and then each is made to be the faster one."""
+    options = {"lora_rows": 32, "max_loras": 4}
+    plain = make_engine("llama", enforce_eager=True, **options)
+    real = row_choice.chosen
+
+    def chosen(by_rows: RowAdapters, relative: dict[int, float]) -> ByRows | None:
+        real(by_rows, relative)
+        return ByRows(by_rows, frozenset(sizes)) if sizes else None
+
+    monkeypatch.setattr(row_choice, "chosen", chosen)
+    with caplog.at_level(logging.INFO):
+        engine = make_engine("llama", **options)
+    assert "its time over one product's, by rank rows: 16: " in caplog.text
+    assert engine.runner.graphs is not None
+    refs = adapters(plain, tmp_path)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert engine.runner.graphs.works
+    kinds = {kind for _, kind in engine.runner.graphs._recordings}
+    assert {kind for kind in kinds if isinstance(kind, int)} == {0, 16, 32} - sizes
+    assert any(isinstance(kind, frozenset) for kind in kinds) == bool(sizes)
 
 
 def test_an_adapter_is_loaded_while_a_graph_is_recorded(make_engine: EngineFactory, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 
 from loramux_adapters.nf4 import ROUNDING, NF4Linear, NF4Weight, bnb_matmul, cuda_matmul, tensor_bytes
 from loramux_adapters.nf4_rows import choose_few_rows
+from loramux_adapters.residency import Slot
+from loramux_adapters.row_adapters import tiles_of
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
 from loramux_server.engine.paged_batch import Ragged
 
@@ -116,6 +118,38 @@ def test_our_product_for_few_rows(
     exact = x.float() @ weight.dequantize(dtype).float().T + bias.float()
     assert found.shape == exact.shape
     assert float((found.float() - exact).norm() / exact.norm()) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 64])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 1024), (14336, 4096), (576, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_adapters_row_by_row(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype, cuda: torch.device
+) -> None:
+    from loramux_adapters.triton_lora import TILE, lora
+
+    generator = torch.Generator(cuda).manual_seed(0)
+    slots = [Slot("a", 0, 16), Slot("b", 20, 1), Slot("c", 30, 64), Slot("d", 100, 9)]
+    inputs, outputs = shape
+    a, b, x, y = (
+        torch.randn(size, generator=generator, device=cuda).to(dtype)
+        for size in ((120, inputs), (120, outputs), (rows, inputs), (rows, outputs))
+    )
+    who = [(None, "a", "b", "c", "d", "a", "a")[row % 7] for row in range(rows)]
+    expected = y.double()
+    for slot in slots:
+        own = torch.tensor([name == slot.generation for name in who], device=cuda)
+        ranks = slice(slot.offset, slot.offset + slot.rows)
+        expected[own] += x[own].double() @ a[ranks].double().T @ b[ranks].double()
+    found = y.clone()
+    lora(a, b, x, found, tiles_of(who, slots, TILE).with_room(rows).on(cuda))
+    assert float((found.double() - expected).norm() / expected.norm()) <= ROUNDING[dtype]
+    nobodys = torch.tensor([name is None for name in who], device=cuda)
+    assert torch.equal(found[nobodys], y[nobodys])
+    last = slice(rows - 1, rows)
+    alone = y[last].clone()
+    lora(a, b, x[last], alone, tiles_of(who[-1:], slots, TILE).on(cuda))
+    assert torch.equal(alone, found[last])
 
 
 def test_rows_are_chosen_by_measuring(cuda: torch.device, caplog: pytest.LogCaptureFixture) -> None:

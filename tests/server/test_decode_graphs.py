@@ -19,12 +19,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, sizes_up_to
+from loramux_adapters.pool import DevicePool
+from loramux_adapters.row_choice import ByRows
+from loramux_server.engine import recorded_adapters
+from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, replay_seconds, sizes_up_to
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AdapterRef, AddRequest
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
 from loramux_server.engine.recorded_adapters import doubling_up_to
 from loramux_server.engine.runner import GraphLimits
+from tests.adapters.support import by_mask
 from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
@@ -168,6 +172,34 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     assert {ranks for _, ranks in sizes} >= {0, 16, 32}
 
 
+@pytest.mark.parametrize(("sizes", "stacked"), [({16}, {0, 32}), ({32}, {0, 16}), ({16, 32}, {0})])
+def test_a_step_takes_the_form_that_its_rank_rows_choose(
+    sizes: set[int],
+    stacked: set[int],
+    make_engine: EngineFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row by row from the pool, or all as one from the stack; from step to step, in one engine."""
+
+    def choose(pool: DevicePool, *_: object) -> ByRows:
+        return ByRows(by_mask(pool.memory), frozenset(sizes))
+
+    monkeypatch.setattr(recorded_adapters, "choose_by_rows", choose)
+    options = {"lora_rows": 32, "max_loras": 4}
+    plain, engine = (make_engine(**options) for _ in range(2))
+    graphs = record_decoding(engine, Recorder())
+    refs = adapters(plain, tmp_path)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert graphs.works
+    kinds = {kind for _, kind in graphs._recordings}
+    every_linear = frozenset(engine.bank.pool.memory)
+    assert {kind for kind in kinds if isinstance(kind, int)} == stacked
+    assert {kind for kind in kinds if not isinstance(kind, int)} == {every_linear}
+
+
 @pytest.mark.parametrize("params", [{"prompt_logprobs": 2}, {"logprobs": 2}, {"temperature": 0.3, "seed": 4}])
 def test_steps_that_are_not_for_a_graph_run_without_one(
     params: dict[str, Any], make_engine: EngineFactory, tmp_path: Path
@@ -285,6 +317,22 @@ def test_a_prompts_last_token_but_one_is_scored_though_it_comes_alone(make_engin
 
 def test_nothing_is_recorded_without_cuda_or_compiled_kernels(make_engine: EngineFactory) -> None:
     assert make_engine().runner.graphs is None
+
+
+def test_a_recording_is_timed_after_its_work_has_run() -> None:
+    """What compiles at first use must not do so while it is recorded."""
+    seen: list[str] = []
+
+    def work() -> torch.Tensor:
+        seen.append("work")
+        return torch.zeros(1)
+
+    def record(work: Callable[[], torch.Tensor]) -> Recording:
+        seen.append("record")
+        return Recording(lambda: seen.append("replay"), torch.zeros(1))
+
+    assert replay_seconds(torch.device("cpu"), record)(work) > 0
+    assert seen == ["work", "record", *["replay"] * 4]
 
 
 def test_sizes() -> None:

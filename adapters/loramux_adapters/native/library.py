@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +18,7 @@ import torch
 from loramux_adapters.native import build
 from loramux_adapters.native.build import CannotBuild
 from loramux_adapters.native.recording import recorder
+from loramux_adapters.row_adapters import Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +93,6 @@ class BlockRows(Protocol):
     def lengths(self) -> torch.Tensor: ...  # [n] int64
     @property
     def most(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows by adapter: `tiles` int32 `[n, 4]` are (first of `rows`, how many, rank row it begins at, rank)."""
-
-    tiles: torch.Tensor
-    rows: torch.Tensor
-
-    @property
-    def count(self) -> int:
-        return self.tiles.shape[0]
 
 
 class Native:

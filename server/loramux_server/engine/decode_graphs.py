@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from loramux_adapters.nf4_rows import device_seconds
+from loramux_adapters.row_choice import Seconds
 from loramux_adapters.transfer import sendable
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import AttentionKernels, PagedBatch
@@ -74,6 +76,16 @@ class CudaRecorder:
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+
+def replay_seconds(device: torch.device, record: Record) -> Seconds:
+    """A clock for the device's work alone, without the host's that a recording spares."""
+
+    def seconds(work: Callable[[], torch.Tensor]) -> float:
+        work()
+        return device_seconds(device, record(work).replay)
+
+    return seconds
 
 
 def sizes_up_to(most: int) -> list[int]:

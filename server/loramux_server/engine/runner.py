@@ -19,7 +19,7 @@ from loramux_adapters.transfer import on_device
 from loramux_server.base.loading import ResidentBase
 from loramux_server.engine import attention
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels
-from loramux_server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Record
+from loramux_server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Record, replay_seconds
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import Chunk, PagedBatch
 from loramux_server.engine.recorded_adapters import recorded_adapters
@@ -104,7 +104,7 @@ class ModelRunner:
     def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
         return DecodeGraphs(
             self._forward,
-            recorded_adapters(self.bank, limits.rows),
+            recorded_adapters(self.bank, limits.rows, replay_seconds(self.base.device, record)),
             self.store,
             self.kernels,
             record,

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux_adapters.native import row_adapters
-from loramux_adapters.native.library import Native, Tiles
-from loramux_adapters.native.row_adapters import RowAdapters, probe, tiles_of
+from loramux_adapters.native.library import Native
+from loramux_adapters.native.row_adapters import TILE
 from loramux_adapters.residency import Slot
+from loramux_adapters.row_adapters import RowAdapters, probe, tiles_of
 
 IN, OUT, ROWS = 96, 64, 48
 SLOTS = [Slot("a", 0, 1), Slot("b", 4, 16), Slot("c", 20, 7), Slot("d", 30, 18)]
@@ -28,7 +29,7 @@ A, B = random(ROWS, IN, seed=1), random(ROWS, OUT, seed=2)
 
 
 def added(native: Native, x: torch.Tensor, y: torch.Tensor, rows: list[str | None]) -> torch.Tensor:
-    adapters = RowAdapters(native, {"q": (A, B)})
+    adapters = RowAdapters(native.lora, {"q": (A, B)}, tile=TILE)
     adapters.select(rows, SLOTS, {"q"})
     result = y.clone()
     adapters.add("q", x, result)
@@ -55,13 +56,11 @@ def test_each_row_is_multiplied_with_its_own(native: Native, rows: list[str | No
 def test_a_table_with_room_left(native: Native, rows: list[str | None]) -> None:
     """What a recorded step reads: as many tiles as there are rows, the last ones of none."""
     x, y = random(len(rows), IN, seed=5), random(len(rows), OUT, seed=6)
-    found = tiles_of(rows, SLOTS)
-    tiles = torch.zeros(len(rows), 4, dtype=torch.int32)
-    tiles[: found.count] = found.tiles
-    order = torch.full((len(rows),), 10**6, dtype=torch.int32)
-    order[: len(found.rows)] = found.rows
-    adapters = RowAdapters(native, {"q": (A, B)})
-    adapters.select_tiles(Tiles(tiles, order), len(rows), {"q"})
+    found = tiles_of(rows, SLOTS, TILE)
+    room = found.with_room(len(rows))
+    room.rows[len(found.rows) :] = 10**6
+    adapters = RowAdapters(native.lora, {"q": (A, B)}, tile=TILE)
+    adapters.select_tiles(room, len(rows), {"q"})
     result = y.clone()
     adapters.add("q", x, result)
     assert torch.equal(result, added(native, x, y, rows))
@@ -72,7 +71,7 @@ def test_columns_of_a_wider_product(native: Native) -> None:
     x, wide = random(9, IN, seed=3), random(9, 3 * OUT, seed=4)
     rows: list[str | None] = ["b", "c", None] * 3
     expected = added(native, x, wide[:, OUT : 2 * OUT].clone(), rows)
-    adapters = RowAdapters(native, {"q": (A, B)})
+    adapters = RowAdapters(native.lora, {"q": (A, B)}, tile=TILE)
     adapters.select(rows, SLOTS, {"q"})
     result = wide.clone()
     adapters.add("q", x, result[:, OUT : 2 * OUT])
@@ -90,7 +89,7 @@ def test_inputs_in_another_type_or_order(native: Native) -> None:
 
 
 def test_other_rows_than_were_selected_are_refused(native: Native) -> None:
-    adapters = RowAdapters(native, {"q": (A, B)})
+    adapters = RowAdapters(native.lora, {"q": (A, B)}, tile=TILE)
     adapters.select(["b", "c"], SLOTS, {"q"})
     for count in (1, 3):
         with pytest.raises(RuntimeError, match=f"q sees {count} rows in torch.bfloat16, a step has 2"):
@@ -100,7 +99,7 @@ def test_other_rows_than_were_selected_are_refused(native: Native) -> None:
 
 
 def test_linears_nobody_targets_are_left_alone(native: Native) -> None:
-    adapters = RowAdapters(native, {"q": (A, B), "v": (A, B)})
+    adapters = RowAdapters(native.lora, {"q": (A, B), "v": (A, B)}, tile=TILE)
     adapters.select(["b"], SLOTS, {"v"})
     y = random(1, OUT, seed=4)
     result = y.clone()
@@ -122,7 +121,7 @@ def test_overflow_of_one_row_is_its_own(native: Native) -> None:
 
 @given(rows=st.lists(NAMES, max_size=60))
 def test_tiles_hold_every_row_once(rows: list[str | None]) -> None:
-    tiles = tiles_of(rows, SLOTS)
+    tiles = tiles_of(rows, SLOTS, TILE)
     found: list[tuple[int, str]] = []
     for first, count, offset, rank in tiles.tiles.tolist():
         assert 1 <= count <= 4
@@ -130,6 +129,10 @@ def test_tiles_hold_every_row_once(rows: list[str | None]) -> None:
         assert slot.rows == rank
         found += [(int(row), slot.generation) for row in tiles.rows[first : first + count]]
     assert sorted(found) == [(row, name) for row, name in enumerate(rows) if name is not None]
+
+
+def error(kernel: Any) -> float:
+    return probe(kernel.lora, TILE, torch.bfloat16, torch.device("cpu"))
 
 
 class Wrong:
@@ -140,7 +143,7 @@ class Wrong:
 
 def test_a_wrong_kernel_is_not_used(native: Native, caplog: pytest.LogCaptureFixture) -> None:
     wrong: Any = Wrong()
-    assert probe(native) < 5e-3 < probe(wrong)
+    assert error(native) < 5e-3 < error(wrong)
     memory = {"q": (A, B)}
     with caplog.at_level(logging.WARNING):
         assert row_adapters.row_adapters(wrong, memory) is None
