@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from loramux_adapters import row_choice
 from loramux_adapters.row_adapters import RowAdapters
 from loramux_adapters.row_choice import ByRows
+from loramux_server.engine.decode_graphs import CudaRecorder
 from loramux_server.engine.sampler import Sampled, Sampling
 from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
 from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, decode_alone, mixed
@@ -74,6 +76,30 @@ def test_an_adapter_is_loaded_while_a_graph_is_recorded(make_engine: EngineFacto
     assert engine.runner.graphs is not None
     assert engine.runner.graphs.works
     assert found == answers(make_engine("llama", enforce_eager=True), wanted)
+
+
+def test_recordings_that_are_gone_do_not_end_recording(cuda: torch.device) -> None:
+    """As when the first one proves nothing, or was only timed."""
+    record = CudaRecorder(cuda)
+    x = torch.ones(1000, device=cuda)
+
+    def work() -> torch.Tensor:
+        return (x * 2).sqrt()
+
+    work()
+    for number in range(4):
+        recording = record(work)
+        x.fill_(number)
+        recording.replay()
+        assert torch.equal(recording.result, work())
+        del recording
+        gc.collect()
+    kept = [record(work) for _ in range(2)]
+    assert record._pool is not None
+    x.fill_(8.0)
+    for recording in kept:
+        recording.replay()
+        assert float(recording.result[0]) == 4.0
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

@@ -7,10 +7,13 @@ Python around them, and refuses what a graph cannot hold.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,14 @@ from torch.utils._pytree import tree_leaves
 from loramux_adapters.pool import DevicePool
 from loramux_adapters.row_choice import ByRows
 from loramux_server.engine import recorded_adapters
-from loramux_server.engine.decode_graphs import DecodeGraphs, Record, Recording, replay_seconds, sizes_up_to
+from loramux_server.engine.decode_graphs import (
+    CudaRecorder,
+    DecodeGraphs,
+    Record,
+    Recording,
+    replay_seconds,
+    sizes_up_to,
+)
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AdapterRef, AddRequest
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
@@ -317,6 +327,49 @@ def test_a_prompts_last_token_but_one_is_scored_though_it_comes_alone(make_engin
 
 def test_nothing_is_recorded_without_cuda_or_compiled_kernels(make_engine: EngineFactory) -> None:
     assert make_engine().runner.graphs is None
+
+
+def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses a pool whose graphs are all gone; a device is not needed to see which one is asked for."""
+    pools: list[object] = []
+    broken = False
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    @contextmanager
+    def graph(graph: Graph, *, pool: object, capture_error_mode: str) -> Iterator[None]:
+        pools.append(pool)
+        if broken:
+            raise RuntimeError("not permitted")
+        yield
+
+    handles = itertools.count()
+    fakes = {
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "graph_pool_handle": lambda: (0, next(handles)),
+        "current_stream": lambda device: None,
+        "set_stream": lambda stream: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    record = CudaRecorder(torch.device("cuda"))
+    work = partial(torch.zeros, 1)
+    record(work)
+    kept = [record(work)]
+    kept.append(record(work))
+    broken = True
+    with pytest.raises(RuntimeError):
+        record(work)
+    broken = False
+    del kept[0]
+    kept.append(record(work))
+    kept.clear()
+    record(work)
+    assert pools == [(0, 0), (0, 1), (0, 1), (0, 1), (0, 1), (0, 2)]
 
 
 def test_a_recording_is_timed_after_its_work_has_run() -> None:

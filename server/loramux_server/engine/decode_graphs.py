@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -51,13 +52,18 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: tuple[int, int] | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], torch.Tensor]) -> Recording:
         """`work` has run before, so that nothing is compiled or looked up for the first time while it is recorded."""
         self._refuse_waiting(work)
         stream = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
+        if (
+            not self._graphs
+        ):  # a pool ends with the last graph that uses it, and its name must not be used again
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             # Loader threads copy adapters and pin memory meanwhile, which the default mode forbids to all threads.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -65,6 +71,7 @@ class CudaRecorder:
         except RuntimeError:
             torch.cuda.set_stream(stream)  # a recording that is broken off leaves its own
             raise
+        self._graphs.add(graph)
         return Recording(graph.replay, result)
 
     @staticmethod
