@@ -146,6 +146,7 @@ def test_adapters_row_by_row(
     assert float((found.double() - expected).norm() / expected.norm()) <= ROUNDING[dtype]
     nobodys = torch.tensor([name is None for name in who], device=cuda)
     assert torch.equal(found[nobodys], y[nobodys])
+    lora(a, b, x, found, tiles_of([None] * rows, slots, TILE).on(cuda))
     last = slice(rows - 1, rows)
     alone = y[last].clone()
     lora(a, b, x[last], alone, tiles_of(who[-1:], slots, TILE).on(cuda))

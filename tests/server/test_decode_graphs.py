@@ -369,7 +369,7 @@ def test_graphs_share_a_pool_while_one_of_them_is_there(monkeypatch: pytest.Monk
     kept.append(record(work))
     kept.clear()
     record(work)
-    assert pools == [(0, 0), (0, 1), (0, 1), (0, 1), (0, 1), (0, 2)]
+    assert pools == [(0, 1), (0, 2), (0, 2), (0, 2), (0, 2), (0, 3)]
 
 
 def test_a_recording_is_timed_after_its_work_has_run() -> None:
