@@ -60,9 +60,8 @@ class CudaRecorder:
         self._refuse_waiting(work)
         stream = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        if (
-            not self._graphs
-        ):  # a pool ends with the last graph that uses it, and its name must not be used again
+        # A pool ends with the last graph that uses it, and its name must not be used again.
+        if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             # Loader threads copy adapters and pin memory meanwhile, which the default mode forbids to all threads.
