@@ -20,14 +20,14 @@ from loramux_adapters.nf4 import ROUNDING
 from loramux_adapters.pool import DevicePool
 from loramux_adapters.residency import Slot
 from loramux_adapters.row_adapters import RowAdapters, probe, tiles_of
+from loramux_adapters.spec import MAX_RANK
 from loramux_adapters.stack import AdapterStack
 from loramux_adapters.transfer import sent
 
 logger = logging.getLogger(__name__)
 
-Seconds = Callable[
-    [Callable[[], torch.Tensor]], float
-]  # of some work on the device, as a recorded step does it
+# Of some work on the device, as a recorded step does it.
+Seconds = Callable[[Callable[[], torch.Tensor]], float]
 
 _WORTH = 0.95  # of the dense form's time: what is nearly equal is left to it
 _RANK = 16  # of the adapters that are timed, where so many rows have one each
@@ -109,10 +109,11 @@ def relative_times(
 
     def forms(size: int) -> list[Callable[[], torch.Tensor]]:
         count = min(rows, max(1, size // _RANK))
-        slots = [Slot(str(number), number * (size // count), size // count) for number in range(count)]
+        rank = min(size // count, MAX_RANK)
+        slots = [Slot(str(number), number * rank, rank) for number in range(count)]
         who = [str(row % count) for row in range(rows)]
         tiles = tiles_of(who, slots, by_rows.tile).with_room(rows).on(device)
-        number = torch.arange(size) // (size // count)
+        number = torch.arange(size) // rank
         foreign = sent(number != (torch.arange(rows) % count)[:, None], device)
 
         def ours() -> torch.Tensor:
@@ -127,8 +128,10 @@ def relative_times(
         return [ours, dense]
 
     relative = {}
-    for size in sizes:
-        ours, dense = (seconds(form) for form in forms(size))
-        relative[size] = ours / dense
-    pool.batch.select({}, {}, None)
+    try:
+        for size in sizes:
+            ours, dense = (seconds(form) for form in forms(size))
+            relative[size] = ours / dense
+    finally:
+        pool.batch.select({}, {}, None)
     return relative

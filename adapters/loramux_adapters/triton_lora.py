@@ -114,7 +114,9 @@ def _expand(
 
 
 def lora(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor, tiles: Tiles) -> None:
-    """y `[rows, out]` += x `[rows, in]` A^T B in place, A `[R, in]`, B `[R, out]`; a `RowProduct` of `TILE` rows at once."""
+    """y `[rows, out]` += x `[rows, in]` A^T B in place, A `[R, in]`, B `[R, out]`; a `RowProduct` of `TILE` rows at once.
+
+    Of adapters of at most `MAX_RANK` rank rows, which is the gate's bound."""
     if not tiles.count:
         return
     if not (a.is_contiguous() and b.is_contiguous() and y.is_contiguous()):

@@ -11,7 +11,7 @@ import torch
 from loramux_adapters import row_choice
 from loramux_adapters.layers import AdapterBatch, MultiLoraLinear
 from loramux_adapters.pool import DevicePool
-from loramux_adapters.row_adapters import RowAdapters
+from loramux_adapters.row_adapters import RowAdapters, Tiles
 from loramux_adapters.row_choice import choose_by_rows, chosen, relative_times
 from loramux_adapters.stack import AdapterStack
 from tests.adapters.support import by_mask
@@ -29,12 +29,16 @@ class Device:
 
 @pytest.fixture
 def pool() -> DevicePool:
+    return make_pool(40)
+
+
+def make_pool(rows: int) -> DevicePool:
     batch = AdapterBatch()
     layers = {
         name: MultiLoraLinear(torch.nn.Linear(inputs, outputs), name, batch)
         for name, (outputs, inputs) in SHAPES.items()
     }
-    made = DevicePool(layers, [("q", "k"), ("o",)], batch, 40, torch.float32, torch.device("cpu"))
+    made = DevicePool(layers, [("q", "k"), ("o",)], batch, rows, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     for a, b in made.memory.values():
         a.copy_(torch.randn(a.shape, generator=generator))
@@ -77,6 +81,30 @@ def test_both_forms_are_timed_on_the_same_work(pool: DevicePool) -> None:
         len({tuple(row) for row in ours.tolist()}) == 2
     )  # rows of two adapters, as ones are their only input
     assert not pool.batch.shrinks
+    assert pool.batch.by_rows is None
+
+
+def test_no_adapter_is_timed_that_could_not_be() -> None:
+    """One row and a pool for many: the kernel's memory is for one adapter's rank rows."""
+    pool = make_pool(1100)
+    ranks: list[int] = []
+
+    def product(*arguments: object) -> None:
+        assert isinstance(arguments[4], Tiles)
+        ranks.extend(arguments[4].tiles[:, 3].tolist())
+
+    by_rows = RowAdapters(product, pool.memory, tile=16)
+    relative_times(pool, AdapterStack(pool), by_rows, [16, 1100], 1, clock([1.0] * 4))
+    assert set(ranks) == {16, 512}
+
+
+def test_timing_that_fails_leaves_no_adapter_behind(pool: DevicePool) -> None:
+    def seconds(work: Callable[[], torch.Tensor]) -> float:
+        work()
+        raise RuntimeError("a step cannot be recorded")
+
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        relative_times(pool, AdapterStack(pool), by_mask(pool.memory), SIZES, ROWS, seconds)
     assert pool.batch.by_rows is None
 
 
