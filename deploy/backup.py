@@ -8,6 +8,7 @@ checkpoints in the making) is left out, too. To restore: stop the server, and gi
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import sys
@@ -21,7 +22,7 @@ _DATABASE_SUFFIXES = (".sqlite3", ".sqlite3-wal", ".sqlite3-shm")
 def backup(source: Path, target: Path) -> int:
     """How many databases were copied. `target` must not exist."""
     target.mkdir(parents=True)
-    databases = sorted(source.rglob("*.sqlite3"))
+    databases = _databases(source)
     for database in databases:
         copy = target / database.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,20 @@ def backup(source: Path, target: Path) -> int:
             live.backup(copied)
     _copy_files(source, target)
     return len(databases)
+
+
+def _databases(source: Path) -> list[Path]:
+    """Folders may vanish meanwhile, which `Path.rglob` does not expect."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found = []
+    for folder, folders, files in os.walk(source, onerror=failed):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        found += [Path(folder, name) for name in files if name.endswith(_DATABASE_SUFFIXES[0])]
+    return sorted(found)
 
 
 def _copy_files(source: Path, target: Path) -> None:

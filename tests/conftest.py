@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import (
@@ -33,6 +34,10 @@ from loramux_adapters.native import build
 from loramux_adapters.native.library import Native, load_native
 
 torch.set_num_threads(1)
+
+# No test asserts how long something takes: the machine may be somebody else's, too.
+hypothesis.settings.register_profile("loramux", deadline=None)
+hypothesis.settings.load_profile("loramux")
 
 _COMMON = {
     "hidden_size": 64,

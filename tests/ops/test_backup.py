@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 
 from loramux_adapters.registry import AdapterRegistry
@@ -30,7 +37,8 @@ def weights(value: float) -> LoraWeights:
 def backup(source: Path, target: Path) -> None:
     """The script that docs/operations.md names."""
     command = [sys.executable, str(DEPLOY / "backup.py"), str(source), str(target)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_a_copy_made_while_adapters_are_published_is_whole(tmp_path: Path) -> None:
@@ -108,3 +116,50 @@ def test_a_copy_made_while_files_are_uploaded_is_whole(tmp_path: Path) -> None:
         counts.add(len(rows))
         opened.close()
     assert len(counts) > 1, "all copies are of one moment"
+
+
+def load_script() -> ModuleType:
+    spec = spec_from_file_location("backup", DEPLOY / "backup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_folders_that_vanish_meanwhile_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint in the making, between its being listed and its being looked into."""
+    live, lasting = tmp_path / "live", tmp_path / "live" / "lasting"
+    for folder in (lasting, live / "vanishing"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("content")
+        sqlite3.connect(folder / "some.sqlite3").close()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("vanishing"):
+            monkeypatch.setattr(os, "scandir", real)
+            shutil.rmtree(path)
+            monkeypatch.setattr(os, "scandir", scandir)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert load_script().backup(live, tmp_path / "copy") == 1
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["lasting"]
+    assert (tmp_path / "copy" / "lasting" / "file").read_text() == "content"
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "live" / "closed").mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        load_script().backup(tmp_path / "live", tmp_path / "copy")

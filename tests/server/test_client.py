@@ -227,7 +227,6 @@ FAKE = """
     from pathlib import Path
     from loramux_server.engine.messages import COMMAND_DECODER, EVENT_ENCODER, Fatal, Ready
     from loramux_server.engine.options import WorkerOptions
-from loramux_server.engine.process import worker_environment
     options = msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerOptions)
     log = Path(__file__).with_suffix(".log")
     life = len(log.read_text().split()) if log.exists() else 0  # how many lived before this one
@@ -512,7 +511,6 @@ async def test_a_worker_ends_with_its_parent(tiny_model: Callable[[str], Path]) 
         import asyncio, msgspec
         from loramux_server.engine.client import WorkerClient
         from loramux_server.engine.options import WorkerOptions
-from loramux_server.engine.process import worker_environment
         async def main():
             client = WorkerClient(msgspec.json.decode({settings!r}, type=WorkerOptions))
             starting = asyncio.create_task(client.start())
