@@ -68,6 +68,17 @@ class Load:
         return max(stream.ended for stream in self.streams)
 
     @property
+    def gaps(self) -> list[float]:
+        """Seconds between two tokens of a stream once all talk: before that, streams also wait for each other's prompts."""
+        start = max(stream.arrivals[0] for stream in self.streams)
+        return [
+            later - sooner
+            for stream in self.streams
+            for sooner, later in zip(stream.arrivals, stream.arrivals[1:], strict=False)
+            if sooner >= start
+        ]
+
+    @property
     def generated_per_s(self) -> float:
         return sum(stream.tokens for stream in self.streams) / self.seconds
 

@@ -46,8 +46,9 @@ def asking(url: str, base: str, requests: Sequence[Request]) -> Iterator[list[in
         raise failures[0]
 
 
-def p99_gap(load: Load) -> float:
-    return quantiles([gap for stream in load.streams for gap in stream.gaps], n=100)[98]
+def p99_gap(*loads: Load) -> float:
+    """Of the seconds between two tokens while all streams of a load talk."""
+    return quantiles([gap for load in loads for gap in load.gaps], n=100)[98]
 
 
 def repeats(before: tuple[int, int], load: Load, checked: Load) -> tuple[int, int]:

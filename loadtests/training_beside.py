@@ -162,8 +162,7 @@ def _round(
         elif kind == names.HALF_LOAD:
             wanted = (time.perf_counter() - began) / (2 * one)
             found.served.append((next(answered) - before - 1) / wanted)
-    gaps = Load([stream for load in loads for stream in load.streams], 0)
-    found.gaps.setdefault(names.BESIDE_JOB, []).append(1e3 * p99_gap(gaps))
+    found.gaps.setdefault(names.BESIDE_JOB, []).append(1e3 * p99_gap(*loads))
     found.repeats = repeats(found.repeats, loads[0], found.answers[names.BESIDE_JOB])
 
 

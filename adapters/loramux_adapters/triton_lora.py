@@ -26,6 +26,18 @@ _STEP = 128  # of these at a time
 _COLUMNS = 64  # outputs a program
 
 
+@triton.jit
+def _tile(tiles, rows, tile_rows: tl.constexpr):
+    """A program's tile: how many rows it has, their places in `rows`, which of `tile_rows` it has, which rows of x and y
+    they are, and the pool's rank rows of their adapter: the first, and how many."""
+    tile = tiles + 4 * tl.program_id(0)
+    count = tl.load(tile + 1)
+    places = tl.load(tile) + tl.arange(0, tile_rows)
+    held = (tl.arange(0, tile_rows) < count)[:, None]
+    own = tl.load(rows + places[:, None], mask=held, other=0)
+    return count, places, held, own, tl.load(tile + 2).to(tl.int64), tl.load(tile + 3)
+
+
 # A number of rows that is a multiple of 16 must not compile the kernels again while requests wait.
 @triton.jit(do_not_specialize=["tokens", "width"])
 def _shrink(
@@ -42,16 +54,10 @@ def _shrink(
     ranks: tl.constexpr,
     step: tl.constexpr,
 ):
-    tile = tiles + 4 * tl.program_id(0)
-    count = tl.load(tile + 1)
+    count, places, held, own, offset, rank = _tile(tiles, rows, tile_rows)
     if count == 0:
         return
     begin = tl.program_id(1) * share
-    places = tl.load(tile) + tl.arange(0, tile_rows)
-    held = (tl.arange(0, tile_rows) < count)[:, None]
-    own = tl.load(rows + places[:, None], mask=held, other=0)
-    offset = tl.load(tile + 2).to(tl.int64)
-    rank = tl.load(tile + 3)
     for first in range(0, rank, ranks):
         numbers = first + tl.arange(0, ranks)
         inside = (numbers < rank)[:, None]
@@ -84,15 +90,9 @@ def _expand(
     ranks: tl.constexpr,
     columns: tl.constexpr,
 ):
-    tile = tiles + 4 * tl.program_id(0)
-    count = tl.load(tile + 1)
+    count, places, held, own, offset, rank = _tile(tiles, rows, tile_rows)
     if count == 0:
         return
-    places = tl.load(tile) + tl.arange(0, tile_rows)
-    held = (tl.arange(0, tile_rows) < count)[:, None]
-    own = tl.load(rows + places[:, None], mask=held, other=0)
-    offset = tl.load(tile + 2).to(tl.int64)
-    rank = tl.load(tile + 3)
     numbers = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
     total = tl.zeros([tile_rows, columns], dtype=tl.float32)
     for first in range(0, rank, ranks):

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,12 +14,21 @@ from loramux_adapters.bank import AdapterBank
 from loramux_adapters.grouping import shared_inputs
 from loramux_adapters.layers import install
 from loramux_adapters.pool import DevicePool
-from loramux_adapters.residency import DeviceTier
+from loramux_adapters.residency import DeviceTier, Slot
 from loramux_adapters.row_adapters import RowAdapters, Tiles
 from loramux_adapters.spec import BaseGeometry
 from loramux_adapters.weights import LoraWeights
 
 Reader = Callable[[str, str], LoraWeights]
+# What a check of a kernel may find that rules it out, and what the log must say then.
+UNUSABLE = pytest.mark.parametrize(
+    ("distance", "said"),
+    [
+        (0.5, "is wrong here (relative error 0.5)"),
+        (float("nan"), "is wrong here"),
+        (RuntimeError("no compiler\nx"), "does not run here (no compiler)"),
+    ],
+)
 
 
 class TinyModel(nn.Module):
@@ -124,6 +134,44 @@ def merged(plain: TinyModel, weights: LoraWeights | None) -> nn.Module:
             assert isinstance(linear, nn.Linear)
             linear.weight.data += weights.spec.scaling(name) * (b.float() @ a.float())
     return model
+
+
+def exact_rows(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    rows: Sequence[str | None],
+    slots: Sequence[Slot],
+) -> torch.Tensor:
+    """y + x A^T B in fp64, of each row with the rank rows of its own adapter."""
+    expected = y.double()
+    for slot in slots:
+        own = torch.tensor([name == slot.generation for name in rows], device=y.device)
+        ranks = slice(slot.offset, slot.offset + slot.rows)
+        expected[own] += x[own].double() @ a[ranks].double().T @ b[ranks].double()
+    return expected
+
+
+def check_rows(
+    found: torch.Tensor, exact: torch.Tensor, y: torch.Tensor, rows: Sequence[str | None], bound: float
+) -> None:
+    """Rows of nobody are y's to the bit, and each of the others is within `bound` of its exact norm."""
+    nobodys = torch.tensor([name is None for name in rows], device=y.device)
+    assert torch.equal(found[nobodys], y[nobodys])
+    errors = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert bool((errors <= bound).all()), errors  # also where one is not a number
+
+
+def measuring(distance: float | RuntimeError) -> Callable[..., float]:
+    """A check that finds this, or fails so."""
+
+    def measured(*_: object) -> float:
+        if isinstance(distance, RuntimeError):
+            raise distance
+        return distance
+
+    return measured
 
 
 def multiply_by_mask(

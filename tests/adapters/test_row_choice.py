@@ -14,7 +14,7 @@ from loramux_adapters.pool import DevicePool
 from loramux_adapters.row_adapters import RowAdapters, Tiles
 from loramux_adapters.row_choice import choose_by_rows, chosen, relative_times
 from loramux_adapters.stack import AdapterStack
-from tests.adapters.support import by_mask
+from tests.adapters.support import UNUSABLE, by_mask, measuring
 
 SHAPES = {"q": (8, 16), "k": (4, 16), "o": (16, 8)}  # out, in
 SIZES = [16, 32, 40]
@@ -136,14 +136,7 @@ def test_nothing_is_tried_without_cuda(pool: DevicePool, monkeypatch: pytest.Mon
     assert choose_by_rows(pool, AdapterStack(pool), SIZES, ROWS, clock([])) is None
 
 
-@pytest.mark.parametrize(
-    ("distance", "said"),
-    [
-        (0.5, "is wrong here (relative error 0.5)"),
-        (float("nan"), "is wrong here"),
-        (RuntimeError("no compiler\nx"), "does not run here (no compiler)"),
-    ],
-)
+@UNUSABLE
 def test_a_product_that_is_wrong_or_does_not_run_is_not_tried_for_speed(
     distance: float | RuntimeError,
     said: str,
@@ -153,12 +146,7 @@ def test_a_product_that_is_wrong_or_does_not_run_is_not_tried_for_speed(
 ) -> None:
     pytest.importorskip("triton")
 
-    def found(*_: object) -> float:
-        if isinstance(distance, RuntimeError):
-            raise distance
-        return distance
-
-    monkeypatch.setattr(row_choice, "probe", found)
+    monkeypatch.setattr(row_choice, "probe", measuring(distance))
     stack = AdapterStack(pool)
     monkeypatch.setattr(pool, "device", Device())
     with caplog.at_level(logging.WARNING):

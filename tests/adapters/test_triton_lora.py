@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loramux_adapters.nf4 import ROUNDING
 from loramux_adapters.residency import Slot
 from loramux_adapters.row_adapters import Tiles, probe, tiles_of
-from tests.adapters.support import multiply_by_mask
+from tests.adapters.support import check_rows, exact_rows, multiply_by_mask
 from tests.interpreted import Interpreter
 from tests.interpreted import interpreter as interpreter  # a fixture
 
@@ -69,14 +69,7 @@ def test_each_row_is_multiplied_with_its_own(
     tiles = tiles_of(rows, SLOTS, TILE).with_room(len(rows))
     result = interpreter(__name__, "lora", a, b, x, y, tiles)[0]
     assert result.dtype == dtype
-    for number, name in enumerate(rows):
-        if name is None:
-            assert torch.equal(result[number], y[number])
-            continue
-        slot = next(slot for slot in SLOTS if slot.generation == name)
-        own = slice(slot.offset, slot.offset + slot.rows)
-        exact = y[number].double() + x[number].double() @ a[own].double().T @ b[own].double()
-        assert float((result[number].double() - exact).norm() / exact.norm()) <= ROUNDING[dtype]
+    check_rows(result, exact_rows(a, b, x, y, rows, SLOTS), y, rows, ROUNDING[dtype])
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(interpreter: Interpreter) -> None:
@@ -118,10 +111,6 @@ def test_the_kernels_pass_their_own_check(interpreter: Interpreter, dtype: torch
 def test_the_reference_of_recorded_steps_is_the_same(rows: list[str | None], shape: tuple[int, int]) -> None:
     """Of the kernels' tests and of those that record without a device: one cannot be right without the other."""
     a, b, x, y = (one.nan_to_num() for one in case(len(rows), shape))
-    expected = y.double()
-    for slot in SLOTS:
-        own = torch.tensor([name == slot.generation for name in rows])
-        ranks = slice(slot.offset, slot.offset + slot.rows)
-        expected[own] += x[own].double() @ a[ranks].double().T @ b[ranks].double()
-    multiply_by_mask(a, b, x, y, tiles_of(rows, SLOTS, TILE).with_room(len(rows)), TILE)
-    assert float((y - expected).norm() / expected.norm()) <= ROUNDING[torch.float32]
+    found = y.clone()
+    multiply_by_mask(a, b, x, found, tiles_of(rows, SLOTS, TILE).with_room(len(rows)), TILE)
+    check_rows(found, exact_rows(a, b, x, y, rows, SLOTS), y, rows, ROUNDING[torch.float32])

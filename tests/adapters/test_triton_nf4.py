@@ -14,6 +14,7 @@ from torch import nn
 from loramux_adapters import nf4_rows
 from loramux_adapters.nf4 import ROUNDING, NF4Linear, NF4Weight, bnb, dequantized_matmul
 from loramux_adapters.nf4_rows import choose, choose_few_rows
+from tests.adapters.support import UNUSABLE, measuring
 from tests.interpreted import Interpreter
 from tests.interpreted import interpreter as interpreter  # a fixture
 
@@ -146,26 +147,14 @@ def test_nothing_is_tried_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     choose_few_rows(layers, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("distance", "said"),
-    [
-        (0.5, "is wrong here"),
-        (float("nan"), "is wrong here"),
-        (RuntimeError("no compiler\nx"), "(no compiler)"),
-    ],
-)
+@UNUSABLE
 def test_a_product_that_is_wrong_or_does_not_run_is_not_tried_for_speed(
     distance: float | RuntimeError,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def found(*_: object) -> float:
-        if isinstance(distance, RuntimeError):
-            raise distance
-        return distance
-
-    monkeypatch.setattr(nf4_rows, "distance_of", found)
+    monkeypatch.setattr(nf4_rows, "distance_of", measuring(distance))
     monkeypatch.setattr(nf4_rows, "_device_of", lambda _: torch.device("cuda"))
     [layer] = linears((64, 128))
     with caplog.at_level(logging.WARNING):

@@ -14,9 +14,20 @@ from loramux_adapters import row_choice
 from loramux_adapters.row_adapters import RowAdapters
 from loramux_adapters.row_choice import ByRows
 from loramux_server.engine.decode_graphs import CudaRecorder
+from loramux_server.engine.engine import Engine
 from loramux_server.engine.sampler import Sampled, Sampling
 from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
 from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, decode_alone, mixed
+
+
+def same_tokens(engine: Engine, plain: Engine, folder: Path) -> None:
+    """Of requests of several adapters and of none, alone and together, by recorded steps and by plain ones."""
+    assert engine.runner.graphs is not None
+    refs = adapters(plain, folder)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert engine.runner.graphs.works
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -28,11 +39,7 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     engine = make_engine(architecture, **options)
     assert plain.runner.graphs is None
     assert engine.runner.graphs is not None
-    refs = adapters(plain, tmp_path)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert engine.runner.graphs.works
+    same_tokens(engine, plain, tmp_path)
     assert 0 in {kind for _, kind in engine.runner.graphs._recordings}
 
 
@@ -58,11 +65,7 @@ def test_row_by_row_and_as_one_are_the_same_tokens(
         engine = make_engine("llama", **options)
     assert "its time over one product's, by rank rows: 16: " in caplog.text
     assert engine.runner.graphs is not None
-    refs = adapters(plain, tmp_path)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert engine.runner.graphs.works
+    same_tokens(engine, plain, tmp_path)
     kinds = {kind for _, kind in engine.runner.graphs._recordings}
     assert {kind for kind in kinds if isinstance(kind, int)} == {0, 16, 32} - sizes
     assert any(isinstance(kind, frozenset) for kind in kinds) == bool(sizes)

@@ -13,6 +13,7 @@ from loramux_adapters.residency import Slot
 from loramux_adapters.row_adapters import tiles_of
 from loramux_server.engine.attention_kernels import AttentionShape, attention_kernels, reference
 from loramux_server.engine.paged_batch import Ragged
+from tests.adapters.support import check_rows, exact_rows
 
 SHAPES = [  # kv_heads, query heads, head_dim: Llama-2-7B, Llama-3-8B, SmolLM2-135M, Gemma 2 9B, Phi-3
     (32, 32, 128),
@@ -136,16 +137,9 @@ def test_adapters_row_by_row(
         for size in ((120, inputs), (120, outputs), (rows, inputs), (rows, outputs))
     )
     who = [(None, "a", "b", "c", "d", "a", "a")[row % 7] for row in range(rows)]
-    expected = y.double()
-    for slot in slots:
-        own = torch.tensor([name == slot.generation for name in who], device=cuda)
-        ranks = slice(slot.offset, slot.offset + slot.rows)
-        expected[own] += x[own].double() @ a[ranks].double().T @ b[ranks].double()
     found = y.clone()
     lora(a, b, x, found, tiles_of(who, slots, TILE).with_room(rows).on(cuda))
-    assert float((found.double() - expected).norm() / expected.norm()) <= ROUNDING[dtype]
-    nobodys = torch.tensor([name is None for name in who], device=cuda)
-    assert torch.equal(found[nobodys], y[nobodys])
+    check_rows(found, exact_rows(a, b, x, y, who, slots), y, who, ROUNDING[dtype])
     lora(a, b, x, found, tiles_of([None] * rows, slots, TILE).on(cuda))
     last = slice(rows - 1, rows)
     alone = y[last].clone()

@@ -170,6 +170,7 @@ def test_rates_are_read_off_the_arrivals() -> None:
     assert load.decode_per_s == pytest.approx((2 + 2) / 3)
     assert late.ttft == 1.5
     assert early.gaps == [1.0, 1.0, 2.0]
+    assert load.gaps == [1.0, 2.0, 2.0, 1.0, 3.0]
     one_token = Load([Stream(0.0, [1.0], 1.0, "a", 1, [])], prompt_tokens=10)
     assert one_token.decode_per_s is None
 

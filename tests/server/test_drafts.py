@@ -16,6 +16,7 @@ from loramux_server.engine.drafts import Drafter, PromptLookup
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.messages import SamplingParams
 from loramux_server.engine.options import SpeculativeConfig
+from loramux_server.engine.pace import PromptPace
 from loramux_server.engine.scheduler import Scheduler, SchedulerLimits
 from loramux_server.engine.sequence import Scheduled, Sequence
 from tests.server.test_scheduler import BLOCK, FakeResidency
@@ -154,6 +155,7 @@ def make_scheduler(
         SchedulerLimits(8, budget),
         BlockManager(blocks, BLOCK, prefix_caching=caching),
         FakeResidency(),
+        PromptPace(0, 0),
         Drafter(config(drafts), step_tokens),
     )
     for sequence in sequences:

@@ -7,6 +7,7 @@ planned and checks after every step that nothing leaked.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from loramux_adapters.errors import AdapterUnavailable
 from loramux_server.engine.kv_cache import BlockManager
 from loramux_server.engine.messages import AdapterRef, SamplingParams
+from loramux_server.engine.pace import Mix, PromptPace
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
 from loramux_server.engine.sequence import Sequence, Status
 
@@ -76,6 +78,18 @@ class RecordingScheduler(Scheduler):
         super()._preempt(sequence)
 
 
+class FixedPace(PromptPace):
+    """The same share for long prompts in every step that decodes."""
+
+    def __init__(self, share: int) -> None:
+        super().__init__(0, share)
+        self.share = share
+
+    def tokens(self, streams: int) -> int:
+        assert streams > 0
+        return self.share
+
+
 class Driver:
     def __init__(
         self,
@@ -91,7 +105,8 @@ class Driver:
         self.adapters = FakeResidency(**residency)
         self.blocks = BlockManager(blocks, BLOCK, prefix_caching=caching)  # prompts all begin alike
         limits = SchedulerLimits(seqs, budget, quantum, long)
-        self.scheduler = RecordingScheduler(limits, self.blocks, self.adapters)
+        self.pace = FixedPace(long or 0)
+        self.scheduler = RecordingScheduler(limits, self.blocks, self.adapters, self.pace)
         self.alive: list[Sequence] = []
         self.failed: list[str] = []
         self.done: list[str] = []
@@ -159,6 +174,7 @@ class Driver:
             assert len(item.sequence.blocks) * BLOCK >= item.sequence.num_computed + item.count
         still = [s for s in decoding if s not in self.scheduler.preempted]
         assert scheduled[: len(still)] == still, "a decoding sequence was not first, or not at all"
+        assert not decoding or plan.mix.long <= self.pace.share
 
     def check(self) -> None:
         self.blocks.check(self.alive)
@@ -216,8 +232,49 @@ def test_short_prompts_go_past_long_ones_of_their_own_queue() -> None:
     assert counts(driver.step()) == {"talks": 1, "urgent": 3, "long": 8, "short": 5}
     assert counts(driver.step()) == {"talks": 1, "urgent": 1, "short": 1, "long": 8}
     driver.add(30, name="urgent and long", priority=-1)
-    assert counts(driver.step())["urgent and long"] == 21  # what is left beside "long", which had its share
-    assert "long" in counts(driver.step())
+    others = {"talks": 1, "urgent": 1, "short": 1}
+    assert counts(driver.step()) == {**others, "long": 8}  # it takes its seat, and then its turn
+    assert counts(driver.step()) == {**others, "urgent and long": 8}
+
+
+def test_a_long_prompt_is_long_to_its_end() -> None:
+    driver = Driver(budget=32, long=8)
+    driver.add(4, answer=50, name="talks")
+    driver.step()
+    driver.add(10, name="long")
+    driver.pace.share = 4
+    assert [counts(driver.step()).get("long", 0) for _ in range(2)] == [4, 4]
+    driver.pace.share = 0
+    assert counts(driver.step()) == {"talks": 1}
+    driver.pace.share = 1
+    assert [counts(driver.step())["long"] for _ in range(4)] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # two of the prompt, two of the answer
+    driver.pace.share = 0
+    assert counts(driver.step()) == {"talks": 1, "long": 1}, "it decodes"
+
+
+def test_what_a_step_is_made_of() -> None:
+    driver = Driver(budget=32, long=8)
+    assert driver.step().mix == Mix(0, 0, 0)
+    for name, length in (("first", 4), ("long", 30)):
+        driver.add(length, answer=50, name=name)
+    mixes = list[Mix]()
+
+    def schedule(real: Callable[[], Plan] = driver.scheduler.schedule) -> Plan:
+        plan = real()
+        mixes.append(plan.mix)
+        return plan
+
+    driver.scheduler.schedule = schedule  # type: ignore[method-assign]
+    driver.step()
+    driver.add(3, name="short")
+    for _ in range(2):
+        driver.step()
+    assert mixes == [Mix(0, 28, 4), Mix(1, 2, 3), Mix(3, 0, 0)]
 
 
 def test_a_long_prompt_that_is_in_the_cache_is_not_long() -> None:
@@ -474,6 +531,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.driver.step()
 
+    @rule(share=st.sampled_from([0, 3, 8]))
+    def change_the_pace(self, share: int) -> None:
+        self.driver.pace.share = share
+
     @rule(generation=st.sampled_from(["bad", "c"]))
     def break_or_mend(self, generation: str) -> None:
         self.driver.adapters.broken ^= {generation}
@@ -484,6 +545,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.driver.adapters.closed.clear()
+        self.driver.pace.share = 8
         self.driver.run()
         assert self.driver.blocks.num_used == 0
         assert not +self.driver.adapters.references

@@ -33,6 +33,7 @@ from loramux_server.engine.messages import (
     TokenOutput,
 )
 from loramux_server.engine.options import Policy, SpeculativeConfig
+from loramux_server.engine.pace import LEAST_TOKENS, PromptPace
 from loramux_server.engine.runner import GraphLimits, ModelRunner
 from loramux_server.engine.sampler import Sampled, Sampling
 from loramux_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
@@ -84,7 +85,8 @@ class Engine:
         self.drafter: Drafter | None = None
         if options.speculative_config is not None:
             self.drafter = Drafter(options.speculative_config, STEP_TOKENS[base.device.type])
-        self.scheduler = Scheduler(options.limits, self.blocks, self.bank, self.drafter)
+        pace = PromptPace(LEAST_TOKENS[base.device.type], options.limits.long_prompt_tokens or 0)
+        self.scheduler = Scheduler(options.limits, self.blocks, self.bank, pace, self.drafter)
         recorded = GraphLimits(options.limits.max_num_seqs, options.max_model_len)
         self.runner = ModelRunner(
             base,
@@ -143,9 +145,12 @@ class Engine:
         outputs = self._queue_compiled()
         plan = self.scheduler.schedule()
         outputs += [self._failure(sequence, error.message, error.code) for sequence, error in plan.failed]
-        self._note_first_steps(plan)
+        began = time.perf_counter()
+        plan.begins(began)
         if plan.scheduled:
+            mix = plan.mix
             done = run_within_memory(plan.scheduled, self._run)
+            self.scheduler.pace.took(mix, time.perf_counter() - began)
             outputs += done.outputs
             outputs += [self._failure(sequence, _NO_MEMORY, "out_of_memory") for sequence in done.failed]
         loads = [
@@ -154,13 +159,6 @@ class Engine:
         ]
         evictions = [AdapterEviction(e.generation, e.tier, e.reason) for e in self.bank.tier.take_evictions()]
         return StepOutput(outputs=outputs, stats=self.stats(plan), loads=loads, evictions=evictions)
-
-    @staticmethod
-    def _note_first_steps(plan: Plan) -> None:
-        now = time.perf_counter()
-        for item in plan.scheduled:
-            if item.sequence.queue_seconds is None:
-                item.sequence.queue_seconds = now - item.sequence.arrived
 
     def check_integrity(self) -> None:
         """Nothing leaked: blocks, rank rows, adapter references. Raises AssertionError."""

@@ -2,10 +2,10 @@
 
 Order of a step: every decoding sequence gets its one token; sequences whose prompt is not finished get the rest of the
 token budget in chunks; what remains admits waiting ones in fair order (`waiting.py`). While something decodes, long prompts
-get less of it together, so that they do not stall the streams; short ones get what is left. A sequence whose adapter is not
-resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the KV cache runs
-out, the youngest running sequence of the least priority gives its blocks back and is recomputed. Drafts come last: they get
-what everybody else left of the step and of the free blocks.
+together get what `pace.py` says, so that they do not stall the streams; short ones get what is left. A sequence whose
+adapter is not resident waits alone. What the prefix cache has of a prompt counts as computed when it is admitted. When the
+KV cache runs out, the youngest running sequence of the least priority gives its blocks back and is recomputed. Drafts come
+last: they get what everybody else left of the step and of the free blocks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Protocol
 from loramux_adapters.errors import AdapterError
 from loramux_server.engine.drafts import Drafter
 from loramux_server.engine.kv_cache import BlockManager
+from loramux_server.engine.pace import Mix, PromptPace
 from loramux_server.engine.sequence import Scheduled, Sequence, Status
 from loramux_server.engine.waiting import Verdict, WaitingLine
 
@@ -33,13 +34,14 @@ class AdapterResidency(Protocol):
 class SchedulerLimits:
     """`max_num_seqs` run at once; a step computes at most `max_num_batched_tokens` tokens.
 
-    A prompt with more than `long_prompt_tokens` left is long; in a step that decodes, all long ones get so many tokens.
+    A prompt of which more than `long_prompt_tokens` are to be computed when it is admitted is long; in a step that decodes,
+    all long ones together get at most so many.
     """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     quantum: int = 256  # prompt tokens an adapter's queue earns per round
-    long_prompt_tokens: int | None = None  # None: whatever the step has
+    long_prompt_tokens: int | None = None  # None: none is long
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,29 @@ class Plan:
     scheduled: list[Scheduled] = field(default_factory=list)
     failed: list[tuple[Sequence, AdapterError]] = field(default_factory=list)
 
+    @property
+    def mix(self) -> Mix:
+        """Before it runs."""
+        prompts = [item for item in self.scheduled if item.sequence.num_pending > 1]
+        long = sum(item.count for item in prompts if _is_long(item.sequence))
+        return Mix(len(self.scheduled) - len(prompts), long, sum(item.count for item in prompts) - long)
+
+    def begins(self, now: float) -> None:
+        """At this time, by the clock of `Sequence.arrived`."""
+        for item in self.scheduled:
+            if item.sequence.queue_seconds is None:
+                item.sequence.queue_seconds = now - item.sequence.arrived
+
 
 def _turn(sequence: Sequence) -> tuple[bool, int]:
     """Decoding first, then unfinished prompts by priority."""
     is_prompt = sequence.num_pending > 1
     return is_prompt, sequence.params.priority if is_prompt else 0
+
+
+def _is_long(sequence: Sequence) -> bool:
+    """Whether it is a long prompt whose tokens are not all computed yet."""
+    return sequence.is_long and sequence.num_pending > 1
 
 
 class Scheduler:
@@ -62,6 +82,7 @@ class Scheduler:
         limits: SchedulerLimits,
         blocks: BlockManager,
         adapters: AdapterResidency,
+        pace: PromptPace,
         drafter: Drafter | None = None,
     ) -> None:
         self.limits = limits
@@ -71,7 +92,11 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.waiting = WaitingLine(limits.quantum)
         self.preemptions = 0
-        self._long_left = 0  # tokens that long prompts may still have of this step
+        self.pace = pace
+        self._streams = 0  # that decode in this step
+        self._long_left: int | None = (
+            None  # tokens that long prompts may still have of this step, once one asked
+        )
         self._ahead: list[Scheduled] = []
 
     @property
@@ -83,9 +108,8 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         plan = Plan()
-        decodes = any(sequence.num_pending == 1 for sequence in self.running)
-        limits = self.limits
-        self._long_left = (decodes and limits.long_prompt_tokens) or limits.max_num_batched_tokens
+        self._streams = sum(sequence.num_pending == 1 for sequence in self.running)
+        self._long_left = None
         ahead, self._ahead = self._ahead, []
         going_on = [item for item in ahead if item.sequence.status is Status.RUNNING]
         if len(going_on) == len(self.running):
@@ -138,26 +162,28 @@ class Scheduler:
 
     def _share(self, sequence: Sequence, left: int) -> int:
         """Tokens of it that this step may compute, of those that are left."""
-        left = min(left, max(0, self._long_left)) if self._is_long(sequence) else left
+        left = min(left, self._left_for_long()) if _is_long(sequence) else left
         return min(sequence.num_pending, left)
 
     def _schedule(self, sequence: Sequence, count: int, plan: Plan) -> None:
-        if self._is_long(sequence):
-            self._long_left -= count
+        if _is_long(sequence):
+            self._long_left = self._left_for_long() - count
         plan.scheduled.append(Scheduled(sequence, count))
 
     def _keeps_out(self, sequence: Sequence) -> bool:
         """Whether it is long, and prompts that are as urgent have all that long ones may get of this step."""
         limit = self.limits.long_prompt_tokens
-        if limit is None or self._long_left > 0 or not self._is_long(sequence):
+        if limit is None or sequence.num_pending <= limit or self._left_for_long() > 0:
             return False
         prompts = [s.params.priority for s in self.running if s.num_pending > 1]
         as_urgent = any(priority <= sequence.params.priority for priority in prompts)
         return as_urgent and sequence.num_pending - self.blocks.num_found(sequence) > limit
 
-    def _is_long(self, sequence: Sequence) -> bool:
-        limit = self.limits.long_prompt_tokens
-        return limit is not None and sequence.num_pending > limit
+    def _left_for_long(self) -> int:
+        if self._long_left is None:
+            everything = self.limits.max_num_batched_tokens
+            self._long_left = self.pace.tokens(self._streams) if self._streams else everything
+        return self._long_left
 
     def _make_room(self, sequence: Sequence, num_tokens: int, plan: Plan) -> bool:
         """Blocks for `num_tokens`, preempting others as needed; False if it was `sequence`'s turn itself."""
@@ -204,9 +230,11 @@ class Scheduler:
                 sequence.holds_adapter = True
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            count = self._share(sequence, left) or min(sequence.num_pending, left)
-            self._schedule(sequence, count, plan)
-            left -= count
+            limit = self.limits.long_prompt_tokens
+            sequence.is_long = limit is not None and sequence.num_pending > limit
+            if count := self._share(sequence, left):  # else it begins with the next step
+                self._schedule(sequence, count, plan)
+                left -= count
             return Verdict.ADMITTED
 
         self.waiting.serve(admit)

@@ -57,6 +57,7 @@ class Sequence:
     constraint: Matching | None = None
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)  # of prompt[1:], as far as computed
     digests: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as asked for
+    is_long: bool = False  # more than a short prompt's tokens were to be computed when it was admitted
     num_cached: int | None = None  # tokens the prefix cache had when it first ran
     lookup: PromptLookup | None = None  # where its drafts come from, if it ever could have some
     arrived: float = 0.0  # by the engine's clock
