@@ -84,9 +84,7 @@ INLINE floats where(integers condition, floats yes, floats no)
     return (floats)((condition & (integers)yes) | (~condition & (integers)no));
 }
 
-/* Of four vectors, the sum of each, in the first four elements. */
-INLINE floats sums(floats a, floats b, floats c, floats d)
-{
+/* Of every four elements of two vectors: the first two in turns, the last two, the first two as they are, the last two. */
 #if LANES == 16
 #define LOW(x, y) PICK(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
 #define HIGH(x, y) PICK(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
@@ -103,6 +101,10 @@ INLINE floats sums(floats a, floats b, floats c, floats d)
 #define FIRST(x, y) PICK(x, y, 0, 1, 4, 5)
 #define SECOND(x, y) PICK(x, y, 2, 3, 6, 7)
 #endif
+
+/* Of four vectors, the sum of each, in the first four elements. */
+INLINE floats sums(floats a, floats b, floats c, floats d)
+{
     floats ab = LOW(a, b) + HIGH(a, b); /* a0+a2 b0+b2 a1+a3 b1+b3 | ... */
     floats cd = LOW(c, d) + HIGH(c, d);
     floats all = FIRST(ab, cd) + SECOND(ab, cd);
@@ -113,10 +115,6 @@ INLINE floats sums(floats a, floats b, floats c, floats d)
     all += PICK(all, all, 4, 5, 6, 7, 0, 1, 2, 3);
 #endif
     return all;
-#undef LOW
-#undef HIGH
-#undef FIRST
-#undef SECOND
 }
 
 INLINE float sum(floats x)

@@ -55,26 +55,61 @@ INLINE float largest(floats x)
     return a > b ? a : b;
 }
 
+/* Rows to columns. */
+INLINE void transpose(floats *x)
+{
+    floats in_fours[LANES];
+    for (int j = 0; j < LANES; j += 4) {
+        floats a = LOW(x[j], x[j + 1]), b = HIGH(x[j], x[j + 1]), c = LOW(x[j + 2], x[j + 3]), d = HIGH(x[j + 2], x[j + 3]);
+        in_fours[j] = FIRST(a, c), in_fours[j + 1] = SECOND(a, c);
+        in_fours[j + 2] = FIRST(b, d), in_fours[j + 3] = SECOND(b, d);
+    }
+    for (int j = 0; j < 4; j++) {
+#if LANES == 16
+        floats a = in_fours[j], b = in_fours[j + 4], c = in_fours[j + 8], d = in_fours[j + 12];
+        floats low = PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        floats high = PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        floats lower = PICK(c, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        floats higher = PICK(c, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        x[j] = PICK(low, lower, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        x[j + 4] = PICK(high, higher, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        x[j + 8] = PICK(low, lower, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        x[j + 12] = PICK(high, higher, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#elif LANES == 8
+        x[j] = PICK(in_fours[j], in_fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        x[j + 4] = PICK(in_fours[j], in_fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+        x[j] = in_fours[j];
+#endif
+    }
+}
+
 /* Tokens [begin, begin + count) of the sequence to fp32. */
 static void widen(const struct Prompts *p, const struct Tile *tile, long begin, long count)
 {
     const int64_t *blocks = p->table + tile->sequence * p->width;
+    const bf16 *keys[TOKENS];
     long token = 2 * p->kv_heads * p->size;
     for (long t = 0; t < count; t++) {
         long place = blocks[(begin + t) / p->block_size] * p->block_size + (begin + t) % p->block_size;
-        const bf16 *key = p->cache + place * token + tile->kv_head * p->size, *value = key + p->kv_heads * p->size;
+        keys[t] = p->cache + place * token + tile->kv_head * p->size;
+        const bf16 *value = keys[t] + p->kv_heads * p->size;
         float *to = tile->values + t * p->size;
         for (long i = 0; i < p->size; i += 2 * LANES) {
             words pairs = load_pairs(value + i);
             put(to + i, even(pairs));
             put(to + i + LANES, odd(pairs));
         }
-        for (long i = 0; i < p->size; i += LANES) {
-            floats numbers = load(key + i);
-            for (int j = 0; j < LANES; j++)
-                tile->keys[(i + j) * TOKENS + t] = numbers[j];
-        }
     }
+    for (long t = 0; t < count; t += LANES)
+        for (long i = 0; i < p->size; i += LANES) {
+            floats numbers[LANES];
+            for (int j = 0; j < LANES; j++)
+                numbers[j] = t + j < count ? load(keys[t + j] + i) : spread(0.0f);
+            transpose(numbers);
+            for (int j = 0; j < LANES; j++)
+                put(tile->keys + (i + j) * TOKENS + t, numbers[j]);
+        }
 }
 
 /* Scores of all TOKENS, of `some` rows from `row` on. */
