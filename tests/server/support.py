@@ -33,7 +33,11 @@ def engines_on(tiny_model: Callable[[str], Path], device: str) -> Iterator[Engin
     def make(architecture: str = "llama", *, dtype: str = "float32", **options: Any) -> Engine:
         directory = str(tiny_model(architecture))
         base = load_base(LoadOptions(model=directory, name="tiny", device=device, dtype=dtype))
-        limits = SchedulerLimits(options.pop("max_num_seqs", 16), options.pop("max_num_batched_tokens", 48))
+        limits = SchedulerLimits(
+            options.pop("max_num_seqs", 16),
+            options.pop("max_num_batched_tokens", 48),
+            long_prompt_tokens=options.pop("long_prompt_tokens", None),
+        )
         chosen = {"num_blocks": 128, "max_model_len": 256, "lora_rows": 128, **options}
         engines.append(Engine(base, EngineOptions(limits=limits, **chosen)))
         return engines[-1]

@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -110,11 +110,35 @@ def attend(
     out[:count] = torch.einsum("nhgl,nlhd->nhgd", weights, values).reshape(count, heads, dim)
 
 
-def record_decoding(engine: Engine, record: Record, rows: int = 16) -> DecodeGraphs:
-    engine.runner.kernels = AttentionKernels(decode=attend)
-    graphs = engine.runner.decode_graphs(GraphLimits(rows, engine.options.max_model_len), record)
+def attend_prompts(
+    query: torch.Tensor, store: torch.Tensor, rows: Ragged, out: torch.Tensor, **options: Any
+) -> None:
+    """Each row as if it decoded; rows beyond a sequence's own keep what they have."""
+    queries, outs = (torch.cat([one, one[: rows.most]]) for one in (query, out))  # room behind the last
+    for number, table in enumerate(rows.block_table):
+        begin, end = rows.begins[number], rows.begins[number + 1]
+        place = begin + torch.arange(rows.most)
+        seen = (rows.lengths[number] - end + place + 1).clamp(min=1)
+        each = Ragged(table.expand(rows.most, -1), torch.arange(rows.most + 1), seen, most=1)
+        found = torch.empty_like(query[: rows.most])
+        attend(queries[place], store, each, found, **options)
+        outs[place] = torch.where((place < end)[:, None, None], found, outs[place])
+    out.copy_(outs[: len(out)])
+
+
+def record_decoding(
+    engine: Engine, record: Record, rows: int = 16, parts: Sequence[int] = ()
+) -> DecodeGraphs:
+    engine.runner.kernels = AttentionKernels(decode=attend, prefill=attend_prompts if parts else None)
+    graphs = engine.runner.decode_graphs(GraphLimits(rows, engine.options.max_model_len), record, parts)
     engine.runner.graphs = graphs
     return graphs
+
+
+def in_parts_of(engine: Engine, *sizes: int) -> None:
+    """Long prompts beside streams, one part after the other."""
+    turns = itertools.cycle(sizes)
+    engine.scheduler.pace.tokens = lambda streams: next(turns)  # type: ignore[method-assign]
 
 
 def adapters(engine: Engine, directory: Path) -> list[AdapterRef]:
@@ -178,8 +202,64 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     assert recorder.replays > 4 * len(sizes)
     gc.collect()
     assert all(work() is not None for work in recorder.recorded), "a graph reads what nobody holds any more"
-    assert {rows for rows, _ in sizes} >= {1, 2, 4}
+    assert {shape.decoding for shape, _ in sizes} >= {1, 2, 4}
     assert {ranks for _, ranks in sizes} >= {0, 16, 32}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_of_prompts_are_computed_beside_streams(
+    architecture: str, make_engine: EngineFactory, tmp_path: Path
+) -> None:
+    """Of several sizes, on adapters and none; what they left in the cache is what their answers come from."""
+    options = {"lora_rows": 32, "max_loras": 4, "max_num_batched_tokens": 64, "long_prompt_tokens": 9}
+    plain, engine = (make_engine(architecture, **options) for _ in range(2))
+    recorder = Recorder()
+    graphs = record_decoding(engine, recorder, rows=32, parts=(4, 8))
+    for one in (plain, engine):
+        in_parts_of(one, 3, 4, 7, 0, 9)
+    refs = adapters(plain, tmp_path)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert graphs.works
+    shapes = {shape for shape, _ in graphs._recordings}
+    assert {shape.part for shape in shapes} == {0, 4, 8}
+    assert any(ranks for shape, ranks in graphs._recordings if shape.part)
+    assert recorder.replays > 2 * len(graphs._recordings)
+
+
+def test_a_replay_that_writes_other_keys_is_wrong(
+    make_engine: EngineFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its logits are right: only the next step would read them."""
+    engine = make_engine(long_prompt_tokens=9)
+    last = engine.runner.store.layers[-1]
+
+    def forgetful(work: Callable[[], torch.Tensor]) -> Recording:
+        result = work().clone()
+
+        def replay() -> None:
+            before = last.clone()
+            result.copy_(work())
+            written = (last != before).flatten(2).any(-1)
+            if int(written.sum()) > 1:  # a part beside a stream
+                last[written] = before[written]
+
+        return Recording(replay, result)
+
+    graphs = record_decoding(engine, forgetful, parts=(4,))
+    in_parts_of(engine, 4)
+    wanted = [
+        (0, request("talks", [5, 6, 7], ignore_eos=True, max_tokens=30)),
+        (5, request("long", list(range(5, 35)))),
+    ]
+    with caplog.at_level(logging.WARNING):
+        found = answers(engine, wanted)
+    assert graphs.works is False
+    assert "one is wrong (relative error 1," in caplog.text
+    plain = make_engine(long_prompt_tokens=9)
+    in_parts_of(plain, 4)
+    assert found == answers(plain, wanted)
 
 
 @pytest.mark.parametrize(("sizes", "stacked"), [({16}, {0, 32}), ({32}, {0, 16}), ({16, 32}, {0})])
@@ -222,6 +302,24 @@ def test_steps_that_are_not_for_a_graph_run_without_one(
     assert recorder.replays > 10
 
 
+def test_prompts_that_are_scored_are_not_for_a_graph(make_engine: EngineFactory) -> None:
+    plain, engine = (make_engine(long_prompt_tokens=9) for _ in range(2))
+    graphs = record_decoding(engine, Recorder(), parts=(4,))
+    for one in (plain, engine):
+        in_parts_of(one, 4)
+
+    def scored(engine: Engine) -> Any:
+        talks = request("talks", [5, 6, 7], ignore_eos=True, max_tokens=20)
+        asked = request("asked", list(range(5, 35)), max_tokens=1, prompt_logprobs=0)
+        return run(engine, [(0, talks), (5, asked)])["asked"][-1].prompt_logprobs
+
+    found, expected = scored(engine), scored(plain)
+    assert len(found) == len(expected) == 29
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert {shape.part for shape, _ in graphs._recordings} == {0}
+
+
 def test_rows_that_fill_a_step_up_write_to_nobodys_block(make_engine: EngineFactory, tmp_path: Path) -> None:
     engine = make_engine()
     recorder = Recorder()
@@ -233,7 +331,7 @@ def test_rows_that_fill_a_step_up_write_to_nobodys_block(make_engine: EngineFact
                 f"r{number}", list(range(5, 25)), ref if number else None, ignore_eos=True, max_tokens=200
             )
         )
-    while 4 not in {size for size, _ in graphs._recordings}:
+    while 4 not in {shape.decoding for shape, _ in graphs._recordings}:
         step(engine)
     store, size = engine.runner.store, engine.options.block_size
     # What was written before is written again, which has to be seen as well.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loramux_adapters.errors import ContextLengthExceeded, RequestError
 from loramux_server.engine.engine import Engine
 from loramux_server.engine.messages import AbortRequest, AdapterRef, AddRequest, TokenOutput
+from loramux_server.engine.pace import Mix
 from loramux_server.engine.sampler import Sampling
+from loramux_server.engine.sequence import Scheduled
 from tests.server.support import (
     EngineFactory,
     Recipe,
@@ -144,6 +148,42 @@ def test_a_step_that_decodes_is_laid_out_before_the_last_one_is_read(
     first = ["_continue_running", "_lay_out", "_lay_out", "read"]
     b_ends = ["_lay_out", "read"]  # known beforehand, so `a` alone was laid out
     assert events == [*prompts, *first, "_lay_out", "read", *b_ends, "_lay_out", "read", "read"]
+
+
+def test_the_pace_of_long_prompts_is_told_what_steps_take(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine on which every token of a step takes a second, and a stream ten: parts of eight tokens and no more."""
+    now, engine = [0.0], make_engine(max_num_batched_tokens=48, long_prompt_tokens=24)
+    alone = make_engine(max_num_batched_tokens=48)
+    real, mixes = engine.runner.run, list[Mix]()
+
+    def clocked(items: list[Scheduled]) -> torch.Tensor:
+        now[0] += sum(item.count + 9 * (item.count == 1) for item in items)
+        return real(items)
+
+    def took(
+        mix: Mix, seconds: float, told: Callable[[Mix, float], None] = engine.scheduler.pace.took
+    ) -> None:
+        assert seconds == 10 * mix.decoding + mix.long + mix.other
+        mixes.append(mix)
+        told(mix, seconds)
+
+    monkeypatch.setattr(engine.scheduler.pace, "_least", 4)
+    monkeypatch.setattr(engine.scheduler.pace, "took", took)
+    monkeypatch.setattr(engine.runner, "run", clocked)
+    monkeypatch.setattr("loramux_server.engine.engine.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    wanted = [(0, request("talks", [5, 6, 7], max_tokens=25)), (6, request("long", list(range(5, 89))))]
+    answers = run(engine, wanted)
+    parts = [mix.long for mix in mixes if mix.decoding and mix.long]
+    assert parts[0] == 4
+    assert set(parts[1:]) == {8}
+    assert sum(parts) == 84
+    monkeypatch.undo()
+    expected = run(alone, wanted)
+    assert {name: tokens_of(one) for name, one in answers.items()} == {
+        name: tokens_of(one) for name, one in expected.items()
+    }
 
 
 def test_what_others_left_in_the_cache_reaches_nobody(make_engine: EngineFactory) -> None:

@@ -61,12 +61,14 @@ def test_no_step_takes_more_than_twice_as_long(
         assert mix.long <= MOST
 
 
-def test_prompts_get_nearly_all_that_fits() -> None:
+def test_prompts_get_all_that_fits() -> None:
     this = machine()
     mixes = run(known(8, this), this, 8, 100)
     parts = [mix.long for mix in mixes if mix.long]
     assert mixes[0].long == LEAST  # of unknown cost
-    assert this(Mix(8, round(median(parts[1:])), 0)) / this(Mix(8, 0, 0)) > 1.7
+    usual, alone = round(median(parts)), this(Mix(8, 0, 0))
+    assert usual % LEAST == 0
+    assert this(Mix(8, usual, 0)) < 2 * alone < this(Mix(8, usual + LEAST, 0)) + 0.2 * alone
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.001, MOST), (0.0, MOST), (9.0, LEAST)])

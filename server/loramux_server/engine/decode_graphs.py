@@ -1,13 +1,15 @@
-"""Decoding steps that are recorded once, for a number of rows and a kind of adapters, and then replayed.
+"""Decoding steps that are recorded once, for a shape and a kind of adapters, and then replayed.
 
 A 7B model launches more than a thousand kernels a step, each some microseconds of the host's time; with few rows the device
 waits for them. A CUDA graph holds them all; on CPUs with compiled kernels a tape (`tape.py`) spares the Python between them.
-A recording reads and writes fixed addresses: a step's tensors are copied into its inputs, filled up to the next size with
-rows that belong to nobody, and its adapters are found as `recorded_adapters.py` says.
+A recording reads and writes fixed addresses: a step's tensors are copied into its inputs (`recorded_inputs.py`), filled up
+to the next size with rows that belong to nobody, and its adapters are found as `recorded_adapters.py` says. Beside the rows
+that decode there may be a small part of one prompt, which does not end with it.
 
-Promises: a recording is used only after its first replay has given what the same forward pass gives without one; whatever
-fails while one is made is logged once, and then steps run without. Steps with prompts, and with more rows than are recorded,
-are not for this. What records is an argument, so that all of this but CUDA's own part runs on every device.
+Promises: a recording is used only after its first replay has given the logits that the same forward pass gives without one,
+and written the same keys and values; whatever fails while one is made is logged once, and then steps run without. Steps with
+other prompts, and with more rows than are recorded, are not for this. What records is an argument, so that all of this but
+CUDA's own part runs on every device.
 """
 
 from __future__ import annotations
@@ -23,10 +25,9 @@ import torch
 
 from loramux_adapters.nf4_rows import device_seconds
 from loramux_adapters.row_choice import Seconds
-from loramux_adapters.transfer import sendable
-from loramux_server.engine.kv_store import KVStore
-from loramux_server.engine.paged_batch import AttentionKernels, PagedBatch
+from loramux_server.engine.paged_batch import PagedBatch
 from loramux_server.engine.recorded_adapters import RecordedAdapters
+from loramux_server.engine.recorded_inputs import RecordedInputs, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -100,118 +101,106 @@ def sizes_up_to(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Fixed inputs, and what was recorded of them."""
+    """What was recorded, and the inputs it reads."""
 
     def __init__(
         self,
         forward: Forward,
         adapters: RecordedAdapters,
-        store: KVStore,
-        kernels: AttentionKernels,
+        inputs: RecordedInputs,
         record: Record,
         *,
         max_rows: int,
-        max_blocks: int,
+        parts: Sequence[int] = (),
     ) -> None:
-        """`max_blocks` of one sequence. `kernels.decode` must be there: gathering depends on how long sequences are."""
+        """A step has at most `max_rows`, and those of a prompt are filled up to one of `parts`.
+
+        Attention's kernels must be there: gathering depends on how long sequences are.
+        """
         self._forward = forward
         self._adapters = adapters
-        self._store = store
-        self._kernels = kernels
+        self._inputs = inputs
         self._record = record
         self._sizes = sizes_up_to(min(max_rows, MOST_ROWS))
-        device = store.layers[0].device
-        self._tokens = torch.zeros(1, max_rows, dtype=torch.long, device=device)
-        self._positions = torch.zeros(1, max_rows, dtype=torch.long, device=device)
-        self._slots = torch.zeros(max_rows, dtype=torch.long, device=device)
-        self._lengths = torch.ones(max_rows, dtype=torch.long, device=device)
-        self._table = torch.zeros(max_rows, max_blocks, dtype=torch.long, device=device)
+        self._parts = parts
         self._logits: torch.Tensor | None = None  # [rows, vocab], of all sizes: one runs at a time
-        self._recordings: dict[tuple[int, Hashable], Recording] = {}
+        self._recordings: dict[tuple[Shape, Hashable], Recording] = {}
         self._recorded_steps: list[Callable[[], torch.Tensor]] = []  # they hold tensors that a graph reads
         self.works = True
 
     def run(
         self, tokens: Sequence[int], positions: Sequence[int], rows: Sequence[str | None], paged: PagedBatch
     ) -> torch.Tensor | None:
-        """Logits `[rows, vocab]` of a step that only decodes, overwritten by the next; None if it must run without graphs.
+        """Logits `[decoding rows, vocab]` of a step of which only those sample, overwritten by the next.
 
-        `paged` is the step's, on the CPU.
+        None if it must run without graphs. `paged` is the step's, on the CPU.
         """
-        if not self.works or len(rows) > self._sizes[-1]:
+        shape = self._shape_of(paged, len(rows)) if self.works else None
+        if shape is None:
             return None
-        size = self._sizes[bisect_left(self._sizes, len(rows))]
+        count = paged.num_decodes
         kind = self._adapters.choose(rows)
+        placed = [*rows[:count], *[None] * (shape.decoding - count), *rows[count:]]
 
         def fill() -> None:
-            self._fill(tokens, positions, paged)
-            self._fill_up(len(rows), size)
-            self._adapters.fill(rows, size, kind)
+            self._inputs.fill(shape, tokens, positions, paged)
+            self._adapters.fill(placed, shape.rows, kind)
 
         fill()
-        recording = self._recordings.get((size, kind))
+        recording = self._recordings.get((shape, kind))
         if recording is None:
-            recording = self._recorded(size, kind, fill)
+            recording = self._recorded(shape, kind, fill, count)
             if recording is None:
                 return None
         recording.replay()
-        return recording.result[: len(rows)]
+        return recording.result[:count]
 
-    def _fill(self, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
-        count, width = paged.block_table.shape
-        for own, new in (
-            (self._tokens[0, :count], torch.tensor(tokens)),
-            (self._positions[0, :count], torch.tensor(positions)),
-            (self._slots[:count], paged.slots),
-            (self._lengths[:count], paged.lengths),
-            (self._table[:count, :width], paged.block_table),
-        ):
-            own.copy_(sendable(new, own.device), non_blocking=True)
+    def _shape_of(self, paged: PagedBatch, rows: int) -> Shape | None:
+        count, most = paged.num_decodes, self._sizes[-1]
+        if not 0 < count <= most:
+            return None
+        decoding = self._sizes[bisect_left(self._sizes, count)]
+        if not paged.chunks:
+            return Shape(decoding, 0)
+        parts = [part for part in self._parts if rows - count <= part <= most - decoding]
+        return Shape(decoding, parts[0]) if parts and len(paged.chunks) == 1 else None
 
-    def _fill_up(self, count: int, size: int) -> None:
-        """From row `count` on, rows of one token in nobody's block."""
-        nobodys = self._store.nobodys
-        self._tokens[0, count:size] = 0
-        self._positions[0, count:size] = 0
-        self._slots[count:size] = nobodys * self._store.block_size
-        self._lengths[count:size] = 1
-        self._table[count:size] = nobodys
+    def _recorded(
+        self, shape: Shape, kind: Hashable, fill: Callable[[], None], count: int
+    ) -> Recording | None:
+        """Record one shape over other rows than those that lie in the inputs now, and prove it with these.
 
-    def _recorded(self, size: int, kind: Hashable, fill: Callable[[], None]) -> Recording | None:
-        """Record one size over other rows than those that lie in the inputs now, and prove it with these.
-
-        None if these prove nothing; None, for good, if it does not work.
+        `count` of them decode: what nobody's rows come to depends on what they find in nobody's block. None if these prove
+        nothing; None, for good, if it does not work.
         """
         began = time.perf_counter()
-        work = self._step_of(size, kind)
+        work = self._step_of(shape, kind)
         try:
-            expected = work().float().clone()
-            self._fill_up(0, size)
-            self._adapters.fill((), size, kind)
+            expected = work()[:count].clone(), self._inputs.written(shape)
+            self._inputs.fill_up(shape, 0, 0)
+            self._adapters.fill((), shape.rows, kind)
             recording = self._record(work)
             fill()
+            self._inputs.unwrite(shape)
             recording.replay()
-            # An adapter that overflows fails its own request, and is no proof of anything.
-            rows = expected.isfinite().all(-1)
-            expected, found = expected[rows], recording.result.float()[rows]
-            distance = float((found - expected).norm() / expected.norm().clamp(min=1e-6))
-            proven = bool(rows.any())
+            found = recording.result[:count], self._inputs.written(shape)
+            distances = [_distance(*both) for both in zip(found, expected, strict=True)]
         except RuntimeError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             self._give_up(f"recording one failed ({reason})")
             return None
-        bound = 1e-5 if self._store.layers[0].dtype == torch.float32 else 2e-2
-        if not distance <= bound:
-            self._give_up(f"one is wrong (relative error {distance:.3g}, at most {bound:g} is rounding)")
+        bound = 1e-5 if expected[1].dtype == torch.float32 else 2e-2
+        for distance in distances:
+            if distance is not None and not distance <= bound:
+                self._give_up(f"one is wrong (relative error {distance:.3g}, at most {bound:g} is rounding)")
+                return None
+        if None in distances:
             return None
-        if not proven:
-            return None
-        self._recordings[size, kind] = recording
+        self._recordings[shape, kind] = recording
         self._recorded_steps.append(work)
         seconds = time.perf_counter() - began
-        logger.info(
-            "recorded decoding of %d rows, %s, in %.2f s", size, self._adapters.describe(kind), seconds
-        )
+        adapters = self._adapters.describe(kind)
+        logger.info("recorded decoding of %s, %s, in %.2f s", shape, adapters, seconds)
         return recording
 
     def _give_up(self, reason: str) -> None:
@@ -220,27 +209,28 @@ class DecodeGraphs:
         self._recordings.clear()
         self._recorded_steps.clear()
 
-    def _step_of(self, size: int, kind: Hashable) -> Callable[[], torch.Tensor]:
-        """The forward pass of one size over the inputs."""
-        none = self._slots[:0]
-        paged = PagedBatch(
-            slots=self._slots[:size],
-            begun=none,
-            num_decodes=size,
-            block_table=self._table[:size],
-            lengths=self._lengths[:size],
-            chunks=[],
-            store=self._store,
-            kernels=self._kernels,
-        )
-        kept = torch.arange(size, device=none.device)
-        tokens, positions = self._tokens[:, :size], self._positions[:, :size]
+    def _step_of(self, shape: Shape, kind: Hashable) -> Callable[[], torch.Tensor]:
+        """The forward pass of one shape over the inputs."""
+        paged = self._inputs.batch(shape)
+        kept = torch.arange(shape.decoding, device=paged.slots.device)
+        tokens = self._inputs.tokens[:, : shape.rows]
+        positions = self._inputs.positions[:, : shape.rows]
 
         def work() -> torch.Tensor:
-            self._adapters.select(size, kind)
+            self._adapters.select(shape.rows, kind)
             logits = self._forward(tokens, positions, kept, paged)
             if self._logits is None:
                 self._logits = logits.new_empty(self._sizes[-1], logits.shape[-1])
-            return self._logits[:size].copy_(logits)
+            return self._logits[: shape.decoding].copy_(logits)
 
         return work
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Relative error over the rows that are finite as expected; None if there is none.
+
+    An adapter that overflows fails its own request, and is no proof of anything.
+    """
+    rows = expected.isfinite().all(-1)
+    expected, found = expected[rows].float(), found[rows].float()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-6)) if len(expected) else None

@@ -3,7 +3,7 @@
 What it promises, as far as steps take what the last ones took: a step with a part of a long prompt takes at most twice as
 long as one that only decodes, so that streams keep half their speed beside long prompts, however many those are. What it
 does not promise: that where so little of a prompt fits that what every such step costs would be all it pays for (a part has
-at least `LEAST_TOKENS`); nor anything about short prompts, which are computed at once.
+at least `LEAST_TOKENS`, or a multiple of these); nor anything about short prompts, which are computed at once.
 
 How long decoding alone takes changes with the streams, so every now and then a step does nothing else.
 """
@@ -58,7 +58,9 @@ class PromptPace:
         if not self._each:
             return self._least
         room, each = (_SLOWDOWN - 1) * alone, median(self._each)
-        return max(self._least, int(room / each)) if each * self._most > room else self._most
+        if each * self._most <= room:
+            return self._most
+        return max(self._least, int(room / each) // self._least * self._least)
 
     def took(self, mix: Mix, seconds: float) -> None:
         """A step of this mix took so long."""

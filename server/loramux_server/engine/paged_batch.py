@@ -73,6 +73,9 @@ class PagedBatch:
     chunks: SequenceOf[Chunk]
     store: KVStore
     kernels: AttentionKernels = AttentionKernels()
+    given_prompts: Ragged | None = (
+        None  # where the prompts' rows are, if `chunks` only say that there are some
+    )
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -107,6 +110,8 @@ class PagedBatch:
 
     @cached_property
     def prompts(self) -> Ragged:
+        if self.given_prompts is not None:
+            return self.given_prompts
         width = max(len(chunk.blocks) for chunk in self.chunks)
         # A sequence's table is filled up with its own first block: what is masked must still be a number.
         table = [

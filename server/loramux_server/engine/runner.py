@@ -23,9 +23,10 @@ from loramux_server.engine.decode_graphs import CudaRecorder, DecodeGraphs, Reco
 from loramux_server.engine.kv_store import KVStore
 from loramux_server.engine.paged_batch import Chunk, PagedBatch
 from loramux_server.engine.recorded_adapters import recorded_adapters
+from loramux_server.engine.recorded_inputs import RecordedInputs
 from loramux_server.engine.sampler import score_prompt
 from loramux_server.engine.sequence import Scheduled, Sequence
-from loramux_server.engine.tape import MOST_ROWS, TapeRecorder
+from loramux_server.engine.tape import MOST_ROWS, PARTS, TapeRecorder
 
 
 def kv_bytes_per_token(base: ResidentBase) -> int:
@@ -98,18 +99,18 @@ class ModelRunner:
             if base.device.type == "cuda":
                 self.graphs = self.decode_graphs(graph_limits, CudaRecorder(base.device))
             elif base.native is not None and bank.pool.by_rows is not None:
-                limits = replace(graph_limits, rows=min(graph_limits.rows, MOST_ROWS))
-                self.graphs = self.decode_graphs(limits, TapeRecorder())
+                limits = replace(graph_limits, rows=min(graph_limits.rows + max(PARTS), MOST_ROWS))
+                self.graphs = self.decode_graphs(limits, TapeRecorder(), PARTS)
 
-    def decode_graphs(self, limits: GraphLimits, record: Record) -> DecodeGraphs:
+    def decode_graphs(self, limits: GraphLimits, record: Record, parts: SequenceOf[int] = ()) -> DecodeGraphs:
+        blocks = -(-limits.length // self.store.block_size)
         return DecodeGraphs(
             self._forward,
             recorded_adapters(self.bank, limits.rows, replay_seconds(self.base.device, record)),
-            self.store,
-            self.kernels,
+            RecordedInputs(self.store, self.kernels, max_rows=limits.rows, max_blocks=blocks),
             record,
             max_rows=limits.rows,
-            max_blocks=-(-limits.length // self.store.block_size),
+            parts=parts if self.kernels.prefill is not None else (),
         )
 
     def prepare(self, scheduled: SequenceOf[Scheduled]) -> None:
@@ -130,13 +131,14 @@ class ModelRunner:
             )
         tokens = [token for item in layout.items for token in item.tokens]
         drawn, paged = layout.drawn, layout.paged
-        if self.graphs is not None and not paged.chunks and drawn == list(range(len(tokens))):
+        scored = self._scored_rows(layout.items)
+        if self.graphs is not None and drawn == list(range(paged.num_decodes)) and not scored:
             replayed = self.graphs.run(tokens, layout.positions, layout.generations, paged)
             if replayed is not None:
                 return replayed.to(torch.float32, copy=True)
         self.bank.set_adapter(layout.generations)
         device = self.base.device
-        kept = drawn + self._scored_rows(layout.items)
+        kept = drawn + scored
         logits = self._forward(
             on_device([tokens], device),
             on_device([layout.positions], device),

@@ -29,6 +29,7 @@ from loramux_server.engine.decode_graphs import Recording
 _UNIT = 64  # bytes; what vectors like to begin at
 _RESERVED = 1 << 30  # of address space: the system gives memory where something is written
 MOST_ROWS = 64  # with more, arithmetic takes so long that the Python beside it does not matter
+PARTS = (16, 32)  # rows of a long prompt beside those that decode, as `pace.py` gives them
 
 # Operators that give memory and leave in it what was there.
 _EMPTY = frozenset(
