@@ -103,11 +103,9 @@ def main() -> None:
 def save(measured: dict[str, Any], settings: dict[str, Any]) -> Path:
     """`<date>-export.json` beside the other scenarios' results, with the same keys."""
     result = {
-        **{
-            "format": FORMAT,
-            "scenario": "export",
-            "summary": "a merge of 7B geometry, beside copy, quantize, PEFT",
-        },
+        "format": FORMAT,
+        "scenario": "export",
+        "summary": "a merge of 7B geometry, beside copy, quantize, PEFT",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.system()},
         "versions": {
@@ -135,25 +133,25 @@ def save(measured: dict[str, Any], settings: dict[str, Any]) -> Path:
 def measure(shape: Shape, work: Path, *, verify: int = 0) -> dict[str, Any]:
     """Run every contender on the same files; the figures and their ratios."""
     apart(make_files, shape, work)
-    copy = apart(plain_copy, work)
-    quantize = apart(quantize_only, work)
-    ours = apart(ours_merged, work, verify)
-    peft = apart(peft_merged, work)
+    runs = {
+        "copy": apart(plain_copy, work),
+        "quantize": apart(quantize_only, work),
+        "ours": apart(ours_merged, work, verify),
+        "peft": apart(peft_merged, work),
+    }
+    seconds = {name: run["seconds"] for name, run in runs.items()}
+    peaks = {name: run["peak_rss"] for name, run in runs.items()}
     allowed = 10**9 + 12 * shape.largest_tensor
     return {
         "checkpoint_bytes": sum(path.stat().st_size for path in (work / "base").glob("*.safetensors")),
-        "seconds": {name: run["seconds"] for name, run in runs(copy, quantize, ours, peft).items()},
-        "peak_rss_bytes": {name: run["peak_rss"] for name, run in runs(copy, quantize, ours, peft).items()},
-        TIME_RATIO: ours["seconds"] / (copy["seconds"] + quantize["seconds"]),
-        MEMORY_RATIO: ours["peak_rss"] / allowed,
-        "peft_rss / ours_rss": peft["peak_rss"] / ours["peak_rss"],
-        "peft_time / ours_time": peft["seconds"] / ours["seconds"],
-        "survival_of_the_change": {"ours": ours["survival"], "peft": peft["survival"]},
+        "seconds": seconds,
+        "peak_rss_bytes": peaks,
+        TIME_RATIO: seconds["ours"] / (seconds["copy"] + seconds["quantize"]),
+        MEMORY_RATIO: peaks["ours"] / allowed,
+        "peft_rss / ours_rss": peaks["peft"] / peaks["ours"],
+        "peft_time / ours_time": seconds["peft"] / seconds["ours"],
+        "survival_of_the_change": {name: runs[name]["survival"] for name in ("ours", "peft")},
     }
-
-
-def runs(*results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return dict(zip(("copy", "quantize", "ours", "peft"), results, strict=True))
 
 
 def apart(action: Callable[..., Any], *arguments: Any) -> dict[str, Any]:

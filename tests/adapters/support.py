@@ -99,7 +99,7 @@ class Harness:
     def make_ready(self, *generations: str) -> None:
         """Ask for each until it is usable; acquired, as the scheduler does."""
         for generation in generations:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not self.prepare(generation):
                 assert time.monotonic() < deadline, "the adapter did not become ready"
                 time.sleep(0.001)
@@ -108,7 +108,7 @@ class Harness:
     def settle(self) -> None:
         """Wait until no loader thread has anything to do."""
         for move in list(self.bank._moves.values()):
-            move.future.exception(timeout=10)
+            move.future.exception(timeout=60)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[str | None], tokens: Sequence[int] | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from loramux_server.engine.messages import TokenOutput
 from tests.api.conftest import Call, Stand
 
 
-def until(condition: Callable[[], bool], seconds: float = 3.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -113,7 +113,7 @@ async def test_leaving_while_sending_is_noticed_by_any_server(stand: Stand) -> N
         "headers": [(b"content-type", b"application/json")],
     }
     running = asyncio.create_task(stand.app(scope, receive, send))
-    await asyncio.wait_for(blocked.wait(), 3)
+    await asyncio.wait_for(blocked.wait(), 60)
     left.set()
-    await asyncio.wait_for(running, 3)
+    await asyncio.wait_for(running, 60)
     assert everything_is_closed(stand, 1)

@@ -46,7 +46,7 @@ from loramux_server.training.manager import JobManager
 from loramux_server.training.records import FINAL
 from tests.api.catalog_support import PROBE, TinyEngine
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 STEPS = 4
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 RECIPE = {"n_epochs": 1, "batch_size": 1, "r": 4, "target_modules": ["q_proj", "v_proj"], "seed": 42}

@@ -53,7 +53,7 @@ ARGUMENTS = (
 Shoot = Callable[..., None]
 MakeKey = Callable[..., str]
 
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_reload_in_the_middle_of_an_upload(visit: Visit, server: Server) -> None
     expect(page.locator("tr[data-adapter=pirate]")).to_be_visible()
     network.send("Network.emulateNetworkConditions", {**slow, "uploadThroughput": -1})
     assert httpx.get(f"{visit.url}/v1/adapters/halfway").status_code == 404
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while left := [*(server.log.parent / "data").glob("bases/*/staging/*")]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
@@ -443,6 +443,30 @@ ROWS = [
 ]
 
 
+def fill_in_recipe(page: Page) -> None:
+    page.get_by_label("Name").fill("zebra")
+    for label, value in {"Epochs": 4, "Batch size": 2, "Learning rate": 0.002, "Rank r": 8}.items():
+        page.get_by_label(label).fill(str(value))
+    page.get_by_label("Checkpoint every").fill("4")
+    page.get_by_label("Prompt for samples").fill("Name a colour.")
+    estimate = page.locator(".estimate")
+    expect(estimate.locator("dd").first).to_have_text("8")
+    expect(estimate).to_contain_text("MB")
+
+
+def check_what_training_came_to(page: Page) -> None:
+    expect(page.get_by_role("heading", name="Diagnoses")).to_be_visible()
+    expect(page.locator(".note")).to_contain_text("only 4 rows")
+    samples = page.locator("[data-sample]")
+    expect(samples.first).to_contain_text("demo, before")
+    expect(samples.last).to_contain_text("finished", timeout=SLOW_MS)
+    expect(page.locator("[data-sample*=ckpt] .text")).to_have_text(
+        [re.compile(r"\w{3}")] * 2, timeout=SLOW_MS
+    )
+    expect(samples.last.locator(".text")).to_have_text(re.compile("zebra", re.I), timeout=SLOW_MS)
+    expect(samples.first.locator(".text")).not_to_have_text(re.compile("zebra", re.I))
+
+
 def test_train_from_a_file_to_a_model(visit: Visit, tmp_path: Path, shoot: Shoot) -> None:
     visit.expected.append("status of 400")
     data = tmp_path / "zebra.jsonl"
@@ -468,14 +492,7 @@ def test_train_from_a_file_to_a_model(visit: Visit, tmp_path: Path, shoot: Shoot
     expect(preview.locator(".turn.user mark")).to_have_count(0)
     preview.get_by_role("button", name="As the trainer reads it").click()
     expect(preview.locator("pre mark.learned")).to_have_text("Zebra zebra!<|im_end|>")
-    page.get_by_label("Name").fill("zebra")
-    for label, value in {"Epochs": 4, "Batch size": 2, "Learning rate": 0.002, "Rank r": 8}.items():
-        page.get_by_label(label).fill(str(value))
-    page.get_by_label("Checkpoint every").fill("4")
-    page.get_by_label("Prompt for samples").fill("Name a colour.")
-    estimate = page.locator(".estimate")
-    expect(estimate.locator("dd").first).to_have_text("8")
-    expect(estimate).to_contain_text("MB")
+    fill_in_recipe(page)
     check_accessible(page)
     preview.get_by_role("button", name="As a chat").click()
     shoot(page, "page-recipe")
@@ -494,16 +511,7 @@ def test_train_from_a_file_to_a_model(visit: Visit, tmp_path: Path, shoot: Shoot
     expect(page.locator(".chart figcaption")).to_have_text(
         re.compile(r"training loss [\d.e-]+validation loss [\d.e-]+")
     )
-    expect(page.get_by_role("heading", name="Diagnoses")).to_be_visible()
-    expect(page.locator(".note")).to_contain_text("only 4 rows")
-    samples = page.locator("[data-sample]")
-    expect(samples.first).to_contain_text("demo, before")
-    expect(samples.last).to_contain_text("finished", timeout=SLOW_MS)
-    expect(page.locator("[data-sample*=ckpt] .text")).to_have_text(
-        [re.compile(r"\w{3}")] * 2, timeout=SLOW_MS
-    )
-    expect(samples.last.locator(".text")).to_have_text(re.compile("zebra", re.I), timeout=SLOW_MS)
-    expect(samples.first.locator(".text")).not_to_have_text(re.compile("zebra", re.I))
+    check_what_training_came_to(page)
     check_accessible(page)
     shoot(page, "page-train")
 
@@ -710,21 +718,9 @@ def test_a_key_is_asked_for_and_sent(visit: Visit, make_key: MakeKey) -> None:
     assert trainer not in command
 
 
-def test_keys_are_made_and_revoked(visit: Visit, make_key: MakeKey, shoot: Shoot) -> None:
-    visit.expected += ["status of 401", "status of 400"]
-    page = visit.open("server")
-    expect(page.locator(".tiles")).to_be_visible()
-    assert page.locator(".keys").count() == 0, "a server without keys has none to show"
-    make_key("metrics", name="Prometheus")
-    admin = make_key("admin", name="operator")
-    expect(page.get_by_label("API key")).to_be_visible()
-    sign_in(page, admin)
-    keys = page.locator(".keys")
-    expect(keys.locator("tr[data-key]")).to_have_count(2)
-    mine = keys.locator("tr", has_text="this tab's")
-    expect(mine).to_have_count(1)
-
-    keys.get_by_role("button", name="New key…").click()
+def make_key_in_the_page(page: Page) -> str:
+    """Of the tenant acme, after a mistake; its secret."""
+    page.locator(".keys").get_by_role("button", name="New key…").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Name").fill("nightly build")
     dialog.get_by_label("Tenant").fill("a/b")
@@ -743,6 +739,25 @@ def test_keys_are_made_and_revoked(visit: Visit, make_key: MakeKey, shoot: Shoot
     check_accessible(page)
     dialog.get_by_role("button", name="Done").click()
     expect(dialog).to_have_count(0)
+    return secret
+
+
+def test_keys_are_made_and_revoked(visit: Visit, make_key: MakeKey, shoot: Shoot) -> None:
+    visit.expected += ["status of 401", "status of 400"]
+    page = visit.open("server")
+    expect(page.locator(".tiles")).to_be_visible()
+    assert page.locator(".keys").count() == 0, "a server without keys has none to show"
+    make_key("metrics", name="Prometheus")
+    admin = make_key("admin", name="operator")
+    expect(page.get_by_label("API key")).to_be_visible()
+    sign_in(page, admin)
+    keys = page.locator(".keys")
+    expect(keys.locator("tr[data-key]")).to_have_count(2)
+    mine = keys.locator("tr", has_text="this tab's")
+    expect(mine).to_have_count(1)
+
+    secret = make_key_in_the_page(page)
+    dialog = page.get_by_role("dialog")
     row = keys.locator("tr", has_text="nightly build")
     expect(row).to_contain_text("acmeinfer, adaptersactive")
     expect(row).to_contain_text("60the server's")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator
 
 import httpx
@@ -94,7 +93,7 @@ async def test_what_was_accepted_is_finished(door: FrontDoor, work: Work) -> Non
         assert (await client.get("/0")).text == "ok", "the door was closed before the work was done"
         work.finish.set()
         assert (await upload).text == "ok"
-        await asyncio.wait_for(draining, 5)
+        await asyncio.wait_for(draining, 60)
     assert work.saved
     assert work.exports_closed
     with pytest.raises(ConnectionRefusedError):
@@ -108,15 +107,13 @@ async def test_a_second_signal_or_the_end_of_the_grace_ends_it(
     door.open(app)
     work.in_flight = 1
     again = asyncio.Event()
-    begun = time.monotonic()
-    grace = 60 if second_signal else 0.3
+    grace = 600 if second_signal else 0.3
     draining = asyncio.create_task(drain(door, work, work, work, grace=grace, again=again))
     await asyncio.sleep(0.1)
     assert not draining.done()
     if second_signal:
         again.set()
-    await asyncio.wait_for(draining, 5)
-    assert time.monotonic() - begun < 5
+    await asyncio.wait_for(draining, 60)
     async with httpx.AsyncClient(
         base_url=door.url
     ) as client:  # open, until the streams have their error event
@@ -128,6 +125,6 @@ async def test_a_fault_on_the_way_out_is_logged_and_stops_nothing(
 ) -> None:
     work.fault = OSError("the disk is gone")
     work.finish.set()
-    await asyncio.wait_for(drain(door, work, work, work, grace=5, again=asyncio.Event()), 10)
+    await asyncio.wait_for(drain(door, work, work, work, grace=5, again=asyncio.Event()), 60)
     assert work.saved
     assert "the disk is gone" in caplog.text

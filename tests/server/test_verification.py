@@ -289,7 +289,7 @@ async def test_giving_up_makes_room_for_the_next(client: WorkerClient, tmp_path:
     assert (await client.verify(adapter, PROBE)).verdict == "ok"
     alone = time.monotonic() - began
     assert client._pending.verifications == {}
-    assert alone < 15  # forty of the long ones take minutes
+    assert alone < 60  # forty of the long ones take minutes
 
 
 @pytest.mark.asyncio(loop_scope="module")
