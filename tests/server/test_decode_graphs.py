@@ -38,6 +38,7 @@ from loramux_server.engine.messages import AdapterRef, AddRequest
 from loramux_server.engine.paged_batch import AttentionKernels, Ragged
 from loramux_server.engine.recorded_adapters import doubling_up_to
 from loramux_server.engine.runner import GraphLimits
+from loramux_server.engine.scheduler import Plan
 from tests.adapters.support import by_mask
 from tests.server.support import EngineFactory, Recipe, request, run, step, tokens_of, write_adapter
 
@@ -226,6 +227,33 @@ def test_parts_of_prompts_are_computed_beside_streams(
     assert {shape.part for shape in shapes} == {0, 4, 8}
     assert any(ranks for shape, ranks in graphs._recordings if shape.part)
     assert recorder.replays > 2 * len(graphs._recordings)
+
+
+def test_two_prompts_in_a_step_are_not_for_a_graph(make_engine: EngineFactory) -> None:
+    """A part of a long one, and as much of a short one as the step has left."""
+    options = {"max_num_batched_tokens": 16, "long_prompt_tokens": 9, "enable_prefix_caching": False}
+    plain, engine = (make_engine(**options) for _ in range(2))
+    graphs = record_decoding(engine, Recorder(), rows=32, parts=(4, 16))
+    talking = [(0, request(f"r{n}", [5 + n, 6, 7], ignore_eos=True, max_tokens=20 + 5 * n)) for n in range(4)]
+    long, short = request("long", list(range(5, 45))), request("short", list(range(50, 59)))
+    sizes: set[int] = set()
+
+    def asked(engine: Engine) -> dict[str, list[int]]:
+        real = engine.scheduler.schedule
+
+        def schedule() -> Plan:
+            plan = real()
+            sizes.add(sum(item.count > 1 and not item.samples for item in plan.scheduled))
+            return plan
+
+        engine.scheduler.schedule = schedule  # type: ignore[method-assign]
+        in_parts_of(engine, 4)
+        return answers(engine, [*talking, (8, long), (9, short)])
+
+    assert asked(engine) == asked(plain)
+    assert sizes == {0, 1, 2}
+    assert graphs.works
+    assert {shape.part for shape, _ in graphs._recordings} == {0, 4}
 
 
 def test_a_replay_that_writes_other_keys_is_wrong(

@@ -84,6 +84,14 @@ def test_now_and_then_a_step_only_decodes() -> None:
     assert places == list(range(16, 170, 17))
 
 
+def test_streams_that_talk_between_two_prompts_say_how_long_that_takes() -> None:
+    this = machine()
+    pace = known(8, this)
+    run(pace, this, 8, 10)
+    pace.took(Mix(8, 0, 0), this(Mix(8, 0, 0)))
+    assert [mix.long > 0 for mix in run(pace, this, 8, 17)] == [True] * 16 + [False]
+
+
 def test_what_decoding_takes_now_counts() -> None:
     """Its contexts grow, or another program takes half of the machine."""
     slow = machine(decoding=90.0)

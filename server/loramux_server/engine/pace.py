@@ -1,9 +1,9 @@
 """How many tokens of long prompts a step computes while others decode. Policy, no torch, no clock.
 
 What it promises, as far as steps take what the last ones took: a step with a part of a long prompt takes at most twice as
-long as one that only decodes, so that streams keep half their speed beside long prompts, however many those are. What it
-does not promise: that where so little of a prompt fits that what every such step costs would be all it pays for (a part has
-at least `LEAST_TOKENS`, or a multiple of these); nor anything about short prompts, which are computed at once.
+long as one that only decodes, so that streams keep half their speed beside long prompts, however many those are. The
+exception: a part is never smaller than `LEAST_TOKENS`, because then the prompt would mostly pay for what every step costs.
+What it does not promise: anything about short prompts, which are computed at once.
 
 How long decoding alone takes changes with the streams, so every now and then a step does nothing else.
 """
@@ -38,13 +38,10 @@ class PromptPace:
         """From `least` to `most` tokens; `most` while it is not known how long decoding takes."""
         self._least = min(least, most)
         self._most = most
-        self._alone: deque[tuple[int, float]] = deque(
-            maxlen=_LATEST
-        )  # streams, seconds of a step that only decoded
-        self._each: deque[float] = deque(
-            maxlen=_LATEST
-        )  # seconds that a step took longer, by token of long prompts
-        self._parts = 0  # in steps since the last that only decoded
+        # Streams and seconds of steps that only decoded; by how many seconds a token of long prompts made others longer.
+        self._alone: deque[tuple[int, float]] = deque(maxlen=_LATEST)
+        self._each: deque[float] = deque(maxlen=_LATEST)
+        self._parts = 0  # of long prompts, since the last step that only decoded
 
     def tokens(self, streams: int) -> int:
         """Of long prompts, in the next step, in which so many streams decode; never 0 twice in a row."""
@@ -74,7 +71,6 @@ class PromptPace:
 
     def _decoding(self, streams: int) -> float | None:
         """Seconds of a step in which so many streams decode and nothing else happens, if one was seen lately."""
-        alike = [
-            seconds for seen, seconds in self._alone if max(seen, streams) <= _ALIKE * min(seen, streams)
-        ]
+        most, least = streams * _ALIKE, streams / _ALIKE
+        alike = [seconds for seen, seconds in self._alone if least <= seen <= most]
         return median(alike) if alike else None

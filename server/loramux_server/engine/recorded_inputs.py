@@ -37,6 +37,7 @@ class RecordedInputs:
         """`max_blocks` of one sequence."""
         self._store = store
         self._kernels = kernels
+        self._nobodys_slot = store.nobodys * store.block_size
         device = store.layers[0].device
         self.tokens = torch.zeros(1, max_rows, dtype=torch.long, device=device)
         self.positions = torch.zeros(1, max_rows, dtype=torch.long, device=device)
@@ -53,30 +54,37 @@ class RecordedInputs:
     def fill(self, shape: Shape, tokens: Sequence[int], positions: Sequence[int], paged: PagedBatch) -> None:
         """With a step's, which is on the CPU, and from there on with nobody's."""
         count, width = paged.block_table.shape
-        length = len(tokens) - count
-        for begin, own in ((0, slice(count)), (shape.decoding, slice(count, None))):
-            rows = slice(begin, begin + len(tokens[own]))
-            _put(self.tokens[0, rows], torch.tensor(tokens[own]))
-            _put(self.positions[0, rows], torch.tensor(positions[own]))
-            _put(self.slots[rows], paged.slots[own])
+        self._fill_rows(0, tokens[:count], positions[:count], paged.slots[:count])
         _put(self._lengths[:count], paged.lengths)
         _put(self._table[:count, :width], paged.block_table)
         for chunk in paged.chunks:
+            self._fill_rows(shape.decoding, tokens[count:], positions[count:], paged.slots[count:])
             _put(self._part.block_table[0, : len(chunk.blocks)], chunk.blocks)
             _put(self._part.lengths, torch.tensor([chunk.context + chunk.length]))
-        self.fill_up(shape, count, length)
+        self.fill_up(shape, count, len(tokens) - count)
 
     def fill_up(self, shape: Shape, count: int, length: int) -> None:
         """With nobody's rows behind `count` that decode and `length` of a part."""
-        nobodys = self._store.nobodys
         self._lengths[count : shape.decoding] = 1
-        self._table[count : shape.decoding] = nobodys
-        for rows in (slice(count, shape.decoding), slice(shape.decoding + length, shape.rows)):
-            self.tokens[0, rows] = 0
-            self.positions[0, rows] = 0
-            self.slots[rows] = nobodys * self._store.block_size
+        self._table[count : shape.decoding] = self._store.nobodys
+        self._nobodys_rows(slice(count, shape.decoding))
         if shape.part:
-            _put(self._part.begins, torch.tensor([shape.decoding, shape.decoding + length]))
+            end = shape.decoding + length
+            self._nobodys_rows(slice(end, shape.rows))
+            _put(self._part.begins, torch.tensor([shape.decoding, end]))
+
+    def _fill_rows(
+        self, begin: int, tokens: Sequence[int], positions: Sequence[int], slots: torch.Tensor
+    ) -> None:
+        rows = slice(begin, begin + len(tokens))
+        _put(self.tokens[0, rows], torch.tensor(tokens))
+        _put(self.positions[0, rows], torch.tensor(positions))
+        _put(self.slots[rows], slots)
+
+    def _nobodys_rows(self, rows: slice) -> None:
+        self.tokens[0, rows] = 0
+        self.positions[0, rows] = 0
+        self.slots[rows] = self._nobodys_slot
 
     def batch(self, shape: Shape) -> PagedBatch:
         """That reads what `fill` wrote."""
@@ -104,7 +112,7 @@ class RecordedInputs:
 
     def _last_layer(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         slots, last = self.slots[: shape.rows], self._store.layers[-1]
-        return last.flatten(0, 1).flatten(1), slots[slots != self._store.nobodys * self._store.block_size]
+        return last.flatten(0, 1).flatten(1), slots[slots != self._nobodys_slot]
 
 
 def _put(own: torch.Tensor, new: torch.Tensor) -> None:
