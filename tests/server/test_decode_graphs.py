@@ -128,9 +128,10 @@ def attend_prompts(
 
 
 def record_decoding(
-    engine: Engine, record: Record, rows: int = 16, parts: Sequence[int] = ()
+    engine: Engine, record: Record, rows: int = 16, parts: Sequence[int] = (), *, prefill: bool = True
 ) -> DecodeGraphs:
-    engine.runner.kernels = AttentionKernels(decode=attend, prefill=attend_prompts if parts else None)
+    kernel = attend_prompts if parts and prefill else None
+    engine.runner.kernels = AttentionKernels(decode=attend, prefill=kernel)
     graphs = engine.runner.decode_graphs(GraphLimits(rows, engine.options.max_model_len), record, parts)
     engine.runner.graphs = graphs
     return graphs
@@ -254,6 +255,18 @@ def test_two_prompts_in_a_step_are_not_for_a_graph(make_engine: EngineFactory) -
     assert sizes == {0, 1, 2}
     assert graphs.works
     assert {shape.part for shape, _ in graphs._recordings} == {0, 4}
+
+
+def test_without_a_kernel_for_prompts_no_part_is_recorded(make_engine: EngineFactory) -> None:
+    """Gathering depends on how long the prompt is by then."""
+    plain, engine = (make_engine(long_prompt_tokens=9) for _ in range(2))
+    graphs = record_decoding(engine, Recorder(), parts=(4,), prefill=False)
+    for one in (plain, engine):
+        in_parts_of(one, 4)
+    talks = request("talks", [5, 6, 7], ignore_eos=True, max_tokens=30)
+    wanted = [(0, talks), (5, request("long", list(range(5, 35))))]
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert {shape.part for shape, _ in graphs._recordings} == {0}
 
 
 def test_a_replay_that_writes_other_keys_is_wrong(
