@@ -449,6 +449,28 @@ def test_a_request_that_overflows_does_not_end_recording(make_engine: EngineFact
     assert graphs._recordings
 
 
+def test_a_prompt_that_overflows_proves_nothing_of_its_part(make_engine: EngineFactory) -> None:
+    engine = make_engine(long_prompt_tokens=9)
+    graphs = record_decoding(engine, Recorder(), parts=(4,))
+    in_parts_of(engine, 5, 4)  # the first part is too large for a recording
+    engine.add(request("talks", [5, 6, 7], ignore_eos=True, max_tokens=100))
+    for _ in range(4):
+        step(engine)
+    engine.add(request("overflows", list(range(5, 45))))
+    step(engine)
+    sequence = engine.sequences["overflows"]
+    assert sequence.num_computed == 5
+    for layer in engine.runner.store.layers[:-1]:
+        layer[sequence.blocks[0]] = float("nan")
+    step(engine)
+    assert sequence.num_computed == 9
+    assert {shape.part for shape, _ in graphs._recordings} == {0}
+    engine.abort("overflows")
+    run(engine, [(0, request("long", list(range(50, 90))))])
+    assert graphs.works
+    assert {shape.part for shape, _ in graphs._recordings} == {0, 4}
+
+
 def test_a_prompts_last_token_but_one_is_scored_though_it_comes_alone(make_engine: EngineFactory) -> None:
     plain, engine = (make_engine(max_num_batched_tokens=16, max_num_seqs=16) for _ in range(2))
     record_decoding(engine, Recorder())

@@ -176,14 +176,14 @@ class DecodeGraphs:
         began = time.perf_counter()
         work = self._step_of(shape, kind)
         try:
-            expected = work()[:count].clone(), self._inputs.written(shape)
+            expected = self._results(work(), shape, count)
             self._inputs.fill_up(shape, 0, 0)
             self._adapters.fill((), shape.rows, kind)
             recording = self._record(work)
             fill()
             self._inputs.unwrite(shape)
             recording.replay()
-            found = recording.result[:count], self._inputs.written(shape)
+            found = self._results(recording.result, shape, count)
             distances = [_distance(*both) for both in zip(found, expected, strict=True)]
         except RuntimeError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -202,6 +202,12 @@ class DecodeGraphs:
         adapters = self._adapters.describe(kind)
         logger.info("recorded decoding of %s, %s, in %.2f s", shape, adapters, seconds)
         return recording
+
+    def _results(self, logits: torch.Tensor, shape: Shape, count: int) -> list[torch.Tensor]:
+        """Logits of the `count` rows that decode, what those wrote, and what the part's did; each `[n, numbers]`."""
+        written = self._inputs.written(shape)
+        parts = [written[count:]] if shape.part else []
+        return [logits[:count].clone(), written[:count], *parts]
 
     def _give_up(self, reason: str) -> None:
         logger.warning("decoding runs without recorded steps: %s", reason)
