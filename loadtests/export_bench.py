@@ -179,18 +179,14 @@ def make_files(shape: Shape, work: Path) -> dict[str, Any]:
         return torch.empty(size, dtype=dtype).normal_(std=std, generator=generator)
 
     shards = [{"model.embed_tokens.weight": random(VOCABULARY, shape.width)}]
-    shards.append(
-        {
-            "lm_head.weight": random(VOCABULARY, shape.width),
-            "model.norm.weight": torch.ones(shape.width, dtype=torch.bfloat16),
-        }
-    )
+    ones = torch.ones(shape.width, dtype=torch.bfloat16)
+    shards.append({"lm_head.weight": random(VOCABULARY, shape.width), "model.norm.weight": ones})
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}."
         names = [(name, size) for name, size in shape.linears() if name.startswith(prefix)]
         shard = {f"{name}.weight": random(*size) for name, size in names}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shard[f"{prefix}{norm}.weight"] = torch.ones(shape.width, dtype=torch.bfloat16)
+            shard[f"{prefix}{norm}.weight"] = ones.clone()
         shards.append(shard)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -14,20 +14,9 @@ from loramux_adapters import row_choice
 from loramux_adapters.row_adapters import RowAdapters
 from loramux_adapters.row_choice import ByRows
 from loramux_server.engine.decode_graphs import CudaRecorder
-from loramux_server.engine.engine import Engine
 from loramux_server.engine.sampler import Sampled, Sampling
 from tests.server.support import EngineFactory, Recipe, request, step, write_adapter
-from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, decode_alone, mixed
-
-
-def same_tokens(engine: Engine, plain: Engine, folder: Path) -> None:
-    """Of requests of several adapters and of none, alone and together, by recorded steps and by plain ones."""
-    assert engine.runner.graphs is not None
-    refs = adapters(plain, folder)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert engine.runner.graphs.works
+from tests.server.test_decode_graphs import ARCHITECTURES, adapters, answers, mixed, same_tokens
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

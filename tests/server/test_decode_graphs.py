@@ -187,6 +187,16 @@ def answers(engine: Engine, wanted: list[tuple[int, AddRequest]]) -> dict[str, l
     return found
 
 
+def same_tokens(engine: Engine, plain: Engine, folder: Path) -> None:
+    """Of requests of several adapters and of none, alone and together, by recorded steps and by plain ones."""
+    assert engine.runner.graphs is not None
+    refs = adapters(plain, folder)
+    wanted = mixed(refs)
+    decode_alone(engine, refs[0])
+    assert answers(engine, wanted) == answers(plain, wanted)
+    assert engine.runner.graphs.works
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_are_those_of_steps_that_are_not_recorded(
     architecture: str, make_engine: EngineFactory, tmp_path: Path
@@ -195,11 +205,7 @@ def test_tokens_are_those_of_steps_that_are_not_recorded(
     plain, engine = (make_engine(architecture, **options) for _ in range(2))
     recorder = Recorder()
     graphs = record_decoding(engine, recorder)
-    refs = adapters(plain, tmp_path)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert graphs.works
+    same_tokens(engine, plain, tmp_path)
     sizes = set(graphs._recordings)
     assert recorder.replays > 4 * len(sizes)
     gc.collect()
@@ -219,11 +225,7 @@ def test_parts_of_prompts_are_computed_beside_streams(
     graphs = record_decoding(engine, recorder, rows=32, parts=(4, 8))
     for one in (plain, engine):
         in_parts_of(one, 3, 4, 7, 0, 9)
-    refs = adapters(plain, tmp_path)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert graphs.works
+    same_tokens(engine, plain, tmp_path)
     shapes = {shape for shape, _ in graphs._recordings}
     assert {shape.part for shape in shapes} == {0, 4, 8}
     assert any(ranks for shape, ranks in graphs._recordings if shape.part)
@@ -320,11 +322,7 @@ def test_a_step_takes_the_form_that_its_rank_rows_choose(
     options = {"lora_rows": 32, "max_loras": 4}
     plain, engine = (make_engine(**options) for _ in range(2))
     graphs = record_decoding(engine, Recorder())
-    refs = adapters(plain, tmp_path)
-    wanted = mixed(refs)
-    decode_alone(engine, refs[0])
-    assert answers(engine, wanted) == answers(plain, wanted)
-    assert graphs.works
+    same_tokens(engine, plain, tmp_path)
     kinds = {kind for _, kind in graphs._recordings}
     every_linear = frozenset(engine.bank.pool.memory)
     assert {kind for kind in kinds if isinstance(kind, int)} == stacked

@@ -94,9 +94,8 @@ class Scheduler:
         self.preemptions = 0
         self.pace = pace
         self._streams = 0  # that decode in this step
-        self._long_left: int | None = (
-            None  # tokens that long prompts may still have of this step, once one asked
-        )
+        # Tokens that long prompts may still have of this step; None until one asks.
+        self._long_left: int | None = None
         self._ahead: list[Scheduled] = []
 
     @property
